@@ -1,0 +1,40 @@
+# Everything happens in .venv; no path in here may be absolute, so that folders with spaces work.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.PHONY: setup demo test check fix
+
+PYTHON ?= python3
+JSON ?=
+BIN := .venv/bin
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	@if ! "$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; then
+	  echo "trimoe needs Python 3.11 or 3.12; $(PYTHON) is $$("$(PYTHON)" --version 2>&1); say make PYTHON=..." >&2
+	  exit 2
+	fi
+	[[ -x $(BIN)/python ]] || "$(PYTHON)" -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[platform,gpu,dev]'
+	touch .venv/.ready
+	echo "set-up took $$SECONDS s"
+
+demo: setup
+	@$(BIN)/trimoe demo $(if $(JSON),--json "$(JSON)")
+	echo "demo took $$SECONDS s"
+
+test: setup
+	@$(BIN)/python -m pytest
+	echo "tests took $$SECONDS s"
+
+check: setup
+	@$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	echo "checks took $$SECONDS s"
+
+fix: setup
+	@$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

@@ -1,0 +1,1 @@
+"""Streaming transaction fraud scoring: Kafka in, one decision or dead letter per message out."""

@@ -1,0 +1,142 @@
+"""A log in memory with Kafka's rules: partitions, offsets, timestamps, commits.
+
+For tests and for measuring the service without a broker.  Nothing is stored on
+disk and no bytes cross a socket; every other rule of ``apps.fraud.stream`` holds.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+from apps.fraud.stream import Outgoing, TopicPartition
+from cluster.errors import ConfigurationError
+
+
+class MemoryRecord(NamedTuple):
+    """One stored message."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes]]
+
+
+class MemoryAck(NamedTuple):
+    """An append to memory is durable as soon as it returns."""
+
+    is_done: bool = True
+    exception: BaseException | None = None
+
+
+class MemoryLog:
+    """Topics shared by any number of streams, and the committed offsets of groups."""
+
+    def __init__(self, partitions: Mapping[str, int], now_ms: Callable[[], int]) -> None:
+        self.records: dict[TopicPartition, list[MemoryRecord]] = {
+            TopicPartition(topic, p): [] for topic, count in partitions.items() for p in range(count)
+        }
+        self.commits: dict[tuple[str, TopicPartition], int] = {}
+        self.grown = threading.Condition()
+        self._now_ms = now_ms
+
+    def append(self, message: Outgoing, timestamp_ms: int | None = None) -> MemoryAck:
+        """Store a message and wake waiting readers."""
+        records = self.records[TopicPartition(message.topic, message.partition)]
+        stamp = self._now_ms() if timestamp_ms is None else timestamp_ms
+        with self.grown:
+            records.append(
+                MemoryRecord(
+                    message.topic,
+                    message.partition,
+                    len(records),
+                    stamp,
+                    message.key,
+                    message.value,
+                    message.headers,
+                )
+            )
+            self.grown.notify_all()
+        return MemoryAck()
+
+    def topic(self, name: str) -> list[MemoryRecord]:
+        """Return all records of a topic, partition by partition."""
+        return [
+            record for tp, records in self.records.items() if tp.topic == name for record in records
+        ]
+
+
+@dataclass(slots=True)
+class MemoryStream:
+    """One reader and writer of a ``MemoryLog``; satisfies ``Stream``."""
+
+    log: MemoryLog
+    group: str
+    _positions: dict[TopicPartition, int] = field(default_factory=dict)
+    _paused: frozenset[TopicPartition] = frozenset()
+
+    def partitions(self, topic: str) -> list[int]:
+        found = sorted(tp.partition for tp in self.log.records if tp.topic == topic)
+        if not found:
+            message = f"expected topic {topic!r}, the log has none of that name; create it"
+            raise ConfigurationError(message)
+        return found
+
+    def bounds(self, topic: str) -> dict[int, tuple[int, int]]:
+        return {
+            p: (0, len(self.log.records[TopicPartition(topic, p)])) for p in self.partitions(topic)
+        }
+
+    def committed(self, topic: str) -> dict[int, int]:
+        return {
+            tp.partition: offset
+            for (group, tp), offset in self.log.commits.items()
+            if group == self.group and tp.topic == topic
+        }
+
+    def assign(self, positions: Mapping[TopicPartition, int]) -> None:
+        self._positions = dict(positions)
+
+    def poll(self, timeout_s: float, max_records: int) -> list[Sequence[MemoryRecord]]:
+        runs = self._take(max_records)
+        if not runs and timeout_s > 0:
+            with self.log.grown:
+                self.log.grown.wait(timeout_s)
+            runs = self._take(max_records)
+        return runs
+
+    def _take(self, max_records: int) -> list[Sequence[MemoryRecord]]:
+        runs: list[Sequence[MemoryRecord]] = []
+        share = max(1, max_records // max(1, len(self._positions)))
+        for tp, position in self._positions.items():
+            if tp in self._paused:
+                continue
+            run = list(islice(self.log.records[tp], position, position + share))
+            if run:
+                runs.append(run)
+                self._positions[tp] = position + len(run)
+        return runs
+
+    def has_more(self, partition: TopicPartition) -> bool:
+        return self._positions[partition] < len(self.log.records[partition])
+
+    def pause(self, partitions: Sequence[TopicPartition]) -> None:
+        self._paused = frozenset(partitions)
+
+    def commit(self, positions: Mapping[TopicPartition, int]) -> None:
+        for tp, offset in positions.items():
+            self.log.commits[self.group, tp] = offset
+
+    def send(self, message: Outgoing) -> MemoryAck:
+        return self.log.append(message)
+
+    def tail(self, topic: str, first: Mapping[int, int]) -> Iterator[MemoryRecord]:
+        for partition, offset in first.items():
+            yield from self.log.records[TopicPartition(topic, partition)][offset:]
+
+    def close(self) -> None:
+        """Nothing is buffered."""

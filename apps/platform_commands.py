@@ -1,0 +1,213 @@
+"""The platform's own commands: serve, status, check, models list and show.
+
+Heavy packages are imported when a command needs them, so that ``trimoe --help`` is quick
+and works on a base install.
+"""
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from cluster.errors import ConfigurationError, TrimoeError
+from cluster.registry import find_model, list_models
+
+PACKAGES: Final = ("apps", "cluster", "core_model", "kernels")
+REQUIRED: Final = {"numpy": "the base", "ray": "[platform]", "torch": "[platform]"}
+OPTIONAL: Final = ("kafka-python", "pandas", "xgboost-cpu", "safetensors", "triton", "onnxruntime")
+HTTP_TIMEOUT_S = 5.0
+PROBE_TIMEOUT_S = 20.0
+
+Subparsers = Any  # argparse keeps the type of add_subparsers() private
+
+
+class Finding(NamedTuple):
+    """One line of ``trimoe check``."""
+
+    passed: bool
+    subject: str
+    detail: str
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Register the commands of this module."""
+    serve = subparsers.add_parser("serve", help="run the local platform with its HTTP API")
+    _add_models(serve)
+    serve.add_argument("--host", default="127.0.0.1", help="address of the HTTP API")
+    serve.add_argument("--port", type=int, default=8000, help="port of the HTTP API")
+    serve.add_argument("--model", help="name or version; needed if there are several")
+    serve.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    serve.set_defaults(run=run_serve)
+
+    status = subparsers.add_parser("status", help="what runs")
+    status.add_argument("--url", default="http://127.0.0.1:8000", help="root of the HTTP API")
+    status.add_argument("--json", type=Path, metavar="FILE", help="write the report there as well")
+    status.set_defaults(run=run_status)
+
+    check = subparsers.add_parser("check", help="self-test of this environment")
+    _add_models(check)
+    check.set_defaults(run=run_check)
+
+    models = subparsers.add_parser("models", help="model versions on disk")
+    actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="all versions")
+    _add_models(listing)
+    listing.set_defaults(run=run_models_list)
+    show = actions.add_parser("show", help="the manifest of one version")
+    show.add_argument("name", help="name or version")
+    _add_models(show)
+    show.set_defaults(run=run_models_show)
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", type=Path, default=Path("models"), help="models directory")
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM, then shut down."""
+    from cluster import platform  # noqa: PLC0415 - brings Ray
+
+    config = platform.PlatformConfig(
+        models_dir=args.models,
+        model=args.model,
+        host=args.host,
+        port=args.port,
+        device=args.device,
+    )
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    _say("starting Ray and loading the model ...")
+    running = platform.start(config)
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ray installs its own while it starts
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        _say(f"ready at {running.url}; stop with Ctrl-C")
+        stop.wait()
+        _say("shutting down ...")
+    finally:
+        running.stop()
+    return 0
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """Print what a running platform reports; 1 if it does not answer or is not ready."""
+    report = _fetch(f"{args.url.rstrip('/')}/readyz")
+    for name, value in report.items():
+        _say(f"{name:14} {', '.join(value) if isinstance(value, list) else value}")
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    return 0 if report.get("status") == "ready" else 1
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Print the findings; 1 if any has failed."""
+    findings = list(_findings(args.models))
+    for finding in findings:
+        _say(f"{'ok  ' if finding.passed else 'FAIL'} {finding.subject:14} {finding.detail}")
+    return 0 if all(finding.passed for finding in findings) else 1
+
+
+def run_models_list(args: argparse.Namespace) -> int:
+    """Print one line per model."""
+    for entry in list_models(args.models):
+        _say(f"{entry.name:20} {entry.version:24} {', '.join(entry.tasks)}")
+    return 0
+
+
+def run_models_show(args: argparse.Namespace) -> int:
+    """Print a manifest and whether the weights match it."""
+    entry = find_model(args.models, args.name)
+    entry.verify()
+    _say(json.dumps(entry.manifest, indent=2, sort_keys=True))
+    return 0
+
+
+def _findings(models_dir: Path) -> Iterator[Finding]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    yield Finding(sys.version_info >= (3, 11), "python", f"{version} (3.11 or later)")
+    for name, extra in REQUIRED.items():
+        came = _version_of(name)
+        yield Finding(came is not None, name, came or f"missing; it comes with {extra}")
+    for name in OPTIONAL:
+        yield Finding(True, name, _version_of(name) or "not installed (optional)")
+    yield from _package_owners()
+    yield from _weights(models_dir)
+    for tool in ("java", "mvn"):
+        path = shutil.which(tool)
+        yield Finding(True, tool, path or "not found: tests with real Apache Kafka are skipped")
+    yield Finding(True, "gpu", _gpu())
+
+
+def _version_of(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _package_owners() -> Iterator[Finding]:
+    """Our import names exist on PyPI under other owners; a second one breaks ours silently."""
+    owners: Mapping[str, Sequence[str]] = metadata.packages_distributions()
+    for package in PACKAGES:
+        others = sorted(set(owners.get(package, ())) - {"trimoe"})
+        detail = f"also owned by {', '.join(others)}; uninstall it" if others else "ours alone"
+        yield Finding(not others, package, detail)
+
+
+def _weights(models_dir: Path) -> Iterator[Finding]:
+    try:
+        entries = list_models(models_dir)
+        if not entries:
+            yield Finding(False, "models", f"none in {models_dir}")
+        for entry in entries:
+            entry.verify()
+            yield Finding(True, "models", f"{entry.name} {entry.version}: weights match")
+    except TrimoeError as error:
+        yield Finding(False, "models", str(error))
+
+
+def _gpu() -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "none (CPU only)"
+    query = [tool, "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(
+            query, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"nvidia-smi does not answer ({type(error).__name__})"
+    return ", ".join(done.stdout.split("\n")).strip(", ")
+
+
+def _fetch(url: str) -> Mapping[str, Any]:
+    if not url.startswith(("http://", "https://")):
+        message = f"--url: expected http://HOST:PORT, got {url!r}"
+        raise ConfigurationError(message)
+    try:
+        with urllib.request.urlopen(url, timeout=HTTP_TIMEOUT_S) as answer:  # noqa: S310
+            report = json.load(answer)
+    except urllib.error.HTTPError as error:
+        report = {"status": f"not ready (HTTP {error.code})"}
+    except (OSError, ValueError) as error:
+        message = f"{url}: expected a running platform, got {error}; start it with trimoe serve"
+        raise ConfigurationError(message) from error
+    if not isinstance(report, dict):
+        message = f"{url}: expected a report, got {report!r:.80}; is that trimoe?"
+        raise ConfigurationError(message)
+    return report
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()

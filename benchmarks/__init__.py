@@ -1,0 +1,1 @@
+"""Measurements: one module per subject, rows appended to ``results``, never overwritten."""

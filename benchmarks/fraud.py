@@ -1,0 +1,146 @@
+"""``trimoe bench fraud``: open-loop load through Kafka, the platform, and Kafka again.
+
+A separate process sends on a fixed schedule and never waits for answers.  Latency is
+taken between Kafka's timestamps of a transaction and of its decision; the first
+``--settle`` seconds are left out.  Transactions are generated and event time is
+compressed to the offered rate.  Drops are inputs without an answer.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform as machine
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from apps.fraud.brokers import EmbeddedBroker
+from apps.fraud.decision import load_policy
+from apps.fraud.demo import generate_world, progress_line
+from apps.fraud.launch import WorkerPlan, default_schemas, running_service
+from apps.fraud.settings import ServiceSettings
+from apps.fraud.transport import KafkaSettings, KafkaStream, read_options
+from apps.fraud.trial import LoadProcess, Offer, Outcome, run_trial
+from apps.fraud.watch import Watch
+from benchmarks.fraud_rig import NUM_PARTITIONS, make_topics
+from benchmarks.real_kafka import RealKafka
+
+if TYPE_CHECKING:
+    from cluster.loading import Load
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``trimoe bench fraud``."""
+    broker = parser.add_mutually_exclusive_group()
+    broker.add_argument("--embedded", action="store_true", help="the demo's broker, in memory")
+    broker.add_argument(
+        "--bootstrap-servers", metavar="HOST:PORT[,...]", help="default: Apache Kafka"
+    )
+    parser.add_argument("--kafka-config", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--rate", type=float, default=1500.0, metavar="TX_S")
+    parser.add_argument("--seconds", type=float, default=60.0, help="measured part")
+    parser.add_argument("--settle", type=float, default=10.0, help="seconds that are not measured")
+    parser.add_argument("--workers", type=int, default=1, metavar="N")
+    parser.add_argument("--models", type=Path, metavar="DIR", help="default: the shipped weights")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="where the time goes, by stage")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+
+
+def measure(args: argparse.Namespace, load: "Load | None" = None) -> dict[str, float]:
+    """Run one measurement and return its figures."""
+    options = read_options(args.kafka_config)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="trimoe-bench-")))
+        num_transactions = int(args.rate * (args.seconds + args.settle))
+        world = generate_world(folder, num_transactions)
+        address = args.bootstrap_servers
+        if address is None:
+            broker = stack.enter_context(EmbeddedBroker() if args.embedded else RealKafka())
+            address = broker.bootstrap_servers
+        name = f"bench-{time.time_ns()}"
+        topics, kafka = make_topics(address, name), KafkaSettings(address, name, options)
+        settings = ServiceSettings(
+            topics=topics,
+            warm_from=world.history,
+            state_dir=folder / "state",
+            profile_dir=args.profile and args.profile.resolve(),
+        )
+        plan = WorkerPlan(kafka, settings, load_policy(), default_schemas())
+        stack.enter_context(
+            running_service(plan, args.workers, models=args.models, device=args.device, load=load)
+        )
+        watch = Watch(stack.enter_context(closing(KafkaStream(kafka))), topics, from_start=False)
+        offer = Offer(world.stream, args.rate)
+        process = LoadProcess(address, args.kafka_config, topics, offer)
+        stack.callback(process.stop)
+        outcome = run_trial(process, watch, offer, progress=progress_line(sys.stderr))
+    return _figures(outcome, args.settle)
+
+
+def _figures(outcome: Outcome, settle_s: float) -> dict[str, float]:
+    begin_ms = outcome.begin_ms + int(1000 * settle_s)
+    p50, p99 = outcome.answers.quantiles_ms(after_ms=begin_ms)
+    return {
+        "offered_tx_s": round(outcome.sent.offered_tx_s, 1),
+        "achieved_tx_s": round(outcome.tx_per_s, 1),
+        "p50_ms": round(p50, 1),
+        "p99_ms": round(p99, 1),
+        "drops": outcome.inputs - outcome.num_answers,
+        "seconds": round(outcome.seconds - settle_s, 1),
+    }
+
+
+def append_row(folder: Path, figures: dict[str, float], setting: dict[str, object]) -> Path:
+    """Append figures, setting, machine, commit and time to this month's file."""
+    facts: dict[str, object] = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": _commit(),
+        "cpus": os.cpu_count(),
+        "load_1min": round(os.getloadavg()[0], 2),
+        "python": machine.python_version(),
+        **setting,
+        **figures,
+    }
+    path = folder / f"fraud_{machine.machine()}_{time.strftime('%Y%m', time.gmtime())}.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, facts.keys())
+        if is_new:
+            writer.writeheader()
+        writer.writerow(facts)
+    return path
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - git
+    return done.stdout.strip() or "none"
+
+
+def main(args: argparse.Namespace, load: "Load | None" = None) -> int:
+    """Run ``trimoe bench fraud``; the last line is one JSON object."""
+    figures = measure(args, load)
+    broker = "embedded" if args.embedded else args.bootstrap_servers and "given" or "apache-kafka"
+    setting = {
+        "broker": broker,
+        "partitions": NUM_PARTITIONS,
+        "workers": args.workers,
+        "device": args.device,
+        "model": str(args.models or "shipped") if load is None else "injected",
+    }
+    path = append_row(args.results, figures, setting)
+    print(f"\nevent time is compressed to the offered rate; row appended to {path.name}")
+    if args.profile is not None:
+        for report in sorted(args.profile.glob("stages-*.json")):
+            print(f"{report.name}: {json.dumps(json.loads(report.read_text()))}")
+    print(json.dumps(figures))
+    return 0 if figures["drops"] == 0 else 1

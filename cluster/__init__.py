@@ -1,0 +1,1 @@
+"""How the model is reached and served: wire types, clients, scheduler, engine, Ray Serve."""

@@ -1,0 +1,57 @@
+"""Does a request fit its task: the checks that need a ``TaskSpec``; numpy only.
+
+What needs no task (shapes, offsets, ids) was checked where the request was built.
+
+Legend: R rows, B sequences.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.errors import InvalidRequestError
+from cluster.schemas import InferRequest
+from core_model.tasks import ExtraSpec, TaskSpec
+
+
+def admit(request: InferRequest, tasks: Mapping[str, TaskSpec]) -> NDArray[np.int64]:
+    """Return the tokens of each sequence, int64 [B], of a request that fits its task.
+
+    Raises:
+        InvalidRequestError: Unknown task, wrong width, missing or unknown extras, a
+            sequence that is empty or too long, or no sequence at all.
+    """
+    if request.task not in tasks:
+        raise _invalid(request, f"a task among {sorted(tasks)}", repr(request.task))
+    spec = tasks[request.task]
+    if request.features.shape[1] != spec.d_task:
+        raise _invalid(request, f"features [R, {spec.d_task}]", list(request.features.shape))
+    if set(request.extras) != set(spec.extras):
+        raise _invalid(request, f"extras {sorted(spec.extras)}", sorted(request.extras))
+    for name, extra in spec.extras.items():
+        _check_extra(request, name, extra)
+    return _count_tokens(request, spec)
+
+
+def _check_extra(request: InferRequest, name: str, extra: ExtraSpec) -> None:
+    array = request.extras[name]
+    count = request.num_sequences if extra.per == "sequence" else request.features.shape[0]
+    if array.dtype != np.dtype(extra.dtype) or array.shape != (count, extra.width):
+        expected = f"extras[{name!r}] {extra.dtype} [{count}, {extra.width}]"
+        raise _invalid(request, expected, f"{array.dtype} {list(array.shape)}")
+
+
+def _count_tokens(request: InferRequest, spec: TaskSpec) -> NDArray[np.int64]:
+    rows = np.diff(request.cu_seqlens)
+    if rows.size == 0 or rows.min() < 1 or rows.max() > spec.max_rows:
+        came = f"{rows.size} of {rows.min(initial=0)} to {rows.max(initial=0)} rows"
+        raise _invalid(request, f"sequences of 1 to {spec.max_rows} rows", came)
+    tokens = spec.count_tokens(rows)
+    if tokens.max() > spec.max_tokens:
+        raise _invalid(request, f"at most {spec.max_tokens} tokens a sequence", tokens.max())
+    return tokens
+
+
+def _invalid(request: InferRequest, expected: str, came: object) -> InvalidRequestError:
+    return InvalidRequestError(f"request {request.request_id}: expected {expected}, got {came}")

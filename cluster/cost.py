@@ -1,0 +1,74 @@
+"""How long a step takes: an online model, ``ms = a + sum over tasks of b_task * tokens_task``.
+
+Exponentially weighted least squares over measured steps, with a weak pull towards
+the prior so that it is defined from the first request on and when all steps look
+alike.  Pure arithmetic: no clock, no ray, no torch.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+PRIOR_STEP_MS = 2.0  # launch cost of a step on one CPU core, before any measurement
+PRIOR_TOKEN_MS = 1 / 28.0  # 28k tokens/s, `base` on one CPU core (design.md section 3)
+TOKEN_UNIT = 1000.0  # regress on kilotokens: both unknowns then have like scale
+DECAY = 0.98  # weight of the past per step: a memory of about 50 steps
+PULL = 0.01  # weight of the prior against one measured step
+MIN_TOKEN_MS = 1e-5  # a slope is never zero: budgets stay finite
+
+
+class CostModel:
+    """Milliseconds of a step from its tokens per task."""
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        self._column = {task: 1 + i for i, task in enumerate(tasks)}
+        size = 1 + len(self._column)
+        self._prior = np.full(size, PRIOR_TOKEN_MS * TOKEN_UNIT)
+        self._prior[0] = PRIOR_STEP_MS
+        self._floor = np.full(size, MIN_TOKEN_MS * TOKEN_UNIT)
+        self._floor[0] = 0.0
+        self._gram = np.zeros((size, size))
+        self._moment = np.zeros(size)
+        self._weights = self._prior
+
+    @property
+    def step_ms(self) -> float:
+        """Fixed cost of a step, ms."""
+        return float(self._weights[0])
+
+    def token_ms(self, task: str) -> float:
+        """Cost of one more token of this task, ms."""
+        return float(self._weights[self._column[task]]) / TOKEN_UNIT
+
+    def predict_ms(self, tokens: Mapping[str, int]) -> float:
+        """Return the expected duration of one step, ms."""
+        return self.step_ms + sum(self.token_ms(task) * n for task, n in tokens.items())
+
+    def observe(self, tokens: Mapping[str, int], elapsed_ms: float) -> None:
+        """Learn from one finished step."""
+        x = np.zeros_like(self._prior)
+        x[0] = 1.0
+        for task, n in tokens.items():
+            x[self._column[task]] = n / TOKEN_UNIT
+        self._gram = DECAY * self._gram + np.outer(x, x)
+        self._moment = DECAY * self._moment + elapsed_ms * x
+        pulled = self._gram + PULL * np.eye(x.size)
+        self._weights = _solve_above(pulled, self._moment + PULL * self._prior, self._floor)
+
+
+def _solve_above(
+    gram: NDArray[np.float64], moment: NDArray[np.float64], floor: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Solve ``gram x = moment``; what falls below its floor is fixed there, the rest solved anew."""
+    free = np.ones(floor.size, dtype=bool)
+    x = floor.copy()
+    while free.any():
+        rest = moment - gram[:, ~free] @ floor[~free]
+        x[free] = np.linalg.solve(gram[np.ix_(free, free)], rest[free])
+        low = free & (x < floor)
+        if not low.any():
+            break
+        x[low] = floor[low]
+        free &= ~low
+    return x

@@ -1,0 +1,83 @@
+"""The client over a Ray Serve handle: object store for large requests, retries, our errors."""
+
+from typing import Any, Final
+
+import ray
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from cluster.errors import QueueFullError, ReplicaLostError, TrimoeError, UnavailableError
+from cluster.retry import RetryPolicy
+from cluster.schemas import InferRequest, InferResponse
+
+APP_NAME: Final = "trimoe"
+CORE_NAME: Final = "InferenceCore"
+OBJECT_STORE_BYTES = 2**20  # larger requests go by reference (design.md section 2)
+
+
+class HandleClient:
+    """Reaches the ``InferenceCore`` deployment from inside the Ray cluster.
+
+    Args:
+        handle: Handle of the deployment.
+        retry: Pauses between attempts.
+    """
+
+    def __init__(self, handle: DeploymentHandle[Any], retry: RetryPolicy | None = None) -> None:
+        self._handle = handle
+        self._retry = retry or RetryPolicy()
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """Answer one request (see ``cluster.client.Client``)."""
+        return await self._retry.send(request, self._attempt)
+
+    async def _attempt(self, request: InferRequest) -> InferResponse:
+        try:
+            if _num_bytes(request) > OBJECT_STORE_BYTES:
+                by_reference = self._handle.options(_by_reference=True)
+                response = await by_reference.infer.remote(ray.put(request))
+            else:
+                response = await self._handle.infer.remote(request)
+        except RayTaskError as error:
+            raise translate(error) from None
+        except (RayError, RayServeException) as error:
+            raise translate(error) from error
+        if not isinstance(response, InferResponse):
+            message = f"replica: expected an InferResponse, got {type(response).__name__}"
+            raise UnavailableError(message)
+        return response
+
+
+def connect() -> HandleClient:
+    """Return a client of the running application, for one event loop of any Ray process."""
+    return HandleClient(serve.get_deployment_handle(CORE_NAME, APP_NAME))
+
+
+def connect_blocking() -> HandleClient:
+    """Return the same for a process without a lasting event loop, such as a driver.
+
+    Its router runs in a thread of its own, which throughput mode leaves out by default
+    and without which each ``asyncio.run`` would lose it.
+    """
+    handle = serve.get_deployment_handle(CORE_NAME, APP_NAME)
+    handle._init(_run_router_in_separate_loop=True)
+    return HandleClient(handle)
+
+
+def translate(error: Exception) -> TrimoeError:
+    """Return our error for one that Ray raised; an error of ours inside comes out as it was."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, TrimoeError):
+        return error.cause
+    line = str(error).strip().splitlines()[-1:] or [""]
+    message = f"{type(error).__name__}: {line[0]:.200}"
+    if isinstance(error, BackPressureError):
+        return QueueFullError(message)
+    if isinstance(error, RayTaskError):
+        return UnavailableError(message)
+    return ReplicaLostError(message)
+
+
+def _num_bytes(request: InferRequest) -> int:
+    return request.features.nbytes + sum(each.nbytes for each in request.extras.values())

@@ -1,0 +1,190 @@
+# ruff: noqa: A005 - imports are absolute; the name is the seam's
+"""The platform on one machine: local Ray, the Serve application, and their end.
+
+Loopback only, no dashboard, no usage statistics, quiet.  Ray reads most of its settings
+when it is first imported, so ``prepare_environment`` comes before any import of it.
+"""
+
+import io
+import logging
+import os
+import secrets
+import socket
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import ConfigurationError
+from cluster.registry import find_model
+
+if TYPE_CHECKING:
+    from cluster.client import Client
+    from cluster.loading import Load
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class PlatformConfig:
+    """What to start.
+
+    Args:
+        models_dir: Directory of the models.
+        model: Name or version; None takes the only one.
+        host: Address of the HTTP door.
+        port: Its port; None starts no HTTP door.
+        device: Where the model runs.
+        torch_threads: Threads of one CPU step.
+        num_cpus: Logical CPUs Ray may hand out; also the workers it starts ahead.
+        object_store_bytes: Shared memory for large requests.
+    """
+
+    models_dir: Path = Path("models")
+    model: str | None = None
+    host: str = LOOPBACK
+    port: int | None = 8000
+    device: str = "cpu"
+    torch_threads: int = 1
+    num_cpus: int = 2
+    object_store_bytes: int = 256 * 2**20
+
+
+def prepare_environment() -> None:
+    """Set what Ray and Serve read at import; a value the user has set stays."""
+    if "RAY_AUTH_MODE" not in os.environ:
+        # Replicas listen for pickled calls on all interfaces, and other users share loopback.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    for name, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # at Ray's 15 anything else on the machine starves replicas
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+        # 100-row requests, p50 ms, 1 and 4 in flight from an async actor on 2 cores:
+        # default 5.5 and 13.7, throughput mode 2.8 and 4.9, with 40 % of the CPU per call
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",  # with it a shutdown drains for 31 s
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch for a loopback-only node
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Platform:
+    """A running platform.
+
+    Args:
+        client: Reaches the model; for async callers and ``infer_blocking``.
+        url: Root of the HTTP door, if there is one.
+    """
+
+    client: "Client"
+    url: str | None
+
+    def stop(self) -> None:
+        """Shut the application and Ray down."""
+        _shut_down()
+
+
+def start(config: PlatformConfig, load: "Load | None" = None) -> Platform:
+    """Start Ray and the application and return when it answers.
+
+    Args:
+        config: What to start.
+        load: Loads another model than the one ``config`` names.
+
+    Raises:
+        ConfigurationError: The port is taken or the replica could not start.
+        CheckpointError: The weights are missing or altered.
+        UnknownModelError: No such model.
+    """
+    load = load or _checked_load(config)
+    if config.port is not None:
+        _check_port(config.host, config.port)
+    prepare_environment()
+    try:
+        _start_ray(config)
+        client = _run_application(config, load)
+    except BaseException:
+        _shut_down()
+        raise
+    url = None if config.port is None else f"http://{config.host}:{config.port}"
+    return Platform(client, url)
+
+
+def _checked_load(config: PlatformConfig) -> "Load":
+    """Find and verify the model here, where an error is one line and costs no Ray start."""
+    from cluster.loading import load_model  # noqa: PLC0415 - torch
+
+    models_dir = config.models_dir.resolve()
+    entry = find_model(models_dir, config.model)
+    entry.verify()
+    return partial(load_model, models_dir, entry.name, config.device)
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            message = f"{host}:{port}: expected a free port, got {error.strerror}; pass another"
+            raise ConfigurationError(message) from error
+
+
+def _start_ray(config: PlatformConfig) -> None:
+    import ray  # noqa: PLC0415 - reads the environment when imported
+
+    ray.init(
+        address="local",
+        num_cpus=config.num_cpus,
+        num_gpus=None if config.device == "cuda" else 0,
+        object_store_memory=config.object_store_bytes,
+        include_dashboard=False,
+        configure_logging=True,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        namespace="trimoe",
+    )
+
+
+def _run_application(config: PlatformConfig, load: "Load") -> "Client":
+    from ray import serve  # noqa: PLC0415 - as above
+
+    from cluster.deployments import InferenceCore  # noqa: PLC0415
+    from cluster.gateway import Gateway  # noqa: PLC0415
+    from cluster.handle import APP_NAME, connect_blocking  # noqa: PLC0415
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    core = InferenceCore.options(
+        ray_actor_options={"num_cpus": 1, "num_gpus": int(config.device == "cuda")}
+    ).bind(load, config.torch_threads)
+    has_door = config.port is not None
+    location = "HeadOnly" if has_door else "NoServer"
+    options: dict[str, Any] = {"host": config.host, "location": location}
+    serve.start(http_options=options | ({"port": config.port} if has_door else {}))
+    try:
+        serve.run(
+            Gateway.bind(core) if has_door else core,
+            name=APP_NAME,
+            route_prefix="/" if has_door else None,
+        )
+    except RuntimeError as error:
+        reason = [line for line in str(error).splitlines() if "Error" in line] or [str(error)]
+        message = f"platform: expected the replica to start, got {reason[-1].strip():.300}"
+        raise ConfigurationError(message) from error
+    return connect_blocking()
+
+
+def _shut_down() -> None:
+    import ray  # noqa: PLC0415 - as above
+    from ray import serve  # noqa: PLC0415
+
+    if ray.is_initialized():
+        # While it ends, Ray prints to stdout that its own controller's calls failed.
+        with redirect_stdout(io.StringIO()):
+            serve.shutdown()
+            ray.shutdown()  # type: ignore[no-untyped-call]

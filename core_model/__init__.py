@@ -1,0 +1,1 @@
+"""The shared mixture-of-experts core: ragged packing, blocks, adapters, heads, checkpoints."""

@@ -1,0 +1,82 @@
+"""The whole model: adapters of many tasks, one shared block stack, heads of many tasks.
+
+One call is one step: sequences of several tasks run side by side through the same
+blocks, packed end to end.
+
+Legend: T tokens, L layers, K chosen experts.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from core_model.blocks import Block
+from core_model.config import MoEConfig
+from core_model.packing import RaggedBatch, concat_cu_seqlens
+from core_model.tasks import TaskSpec, registered_tasks
+from kernels.attention import AttentionPattern
+from kernels.norm import add_rmsnorm
+
+FULL = AttentionPattern(window=None)
+
+
+class StepOutput(NamedTuple):
+    """What one step returns.
+
+    Args:
+        outputs: Per task: output rows [R_out, D_out] and their offsets int32 [B+1].
+        experts_LTK: The experts that each token chose in each layer, int32 [L, T, K].
+        cu_tokens: Token offsets of all sequences, tasks in the order given, int32.
+    """
+
+    outputs: Mapping[str, tuple[Tensor, Tensor]]
+    experts_LTK: Tensor
+    cu_tokens: Tensor
+
+
+class MoETransformer(nn.Module):
+    """Adapters -> shared blocks -> heads.
+
+    Args:
+        config: Sizes of the shared stack.
+        tasks: Names of registered tasks this model serves.
+    """
+
+    def __init__(self, config: MoEConfig, tasks: Sequence[str]) -> None:
+        super().__init__()
+        registry: Mapping[str, TaskSpec] = registered_tasks()
+        missing = sorted(set(tasks) - set(registry))
+        if missing:
+            message = f"tasks: expected names among {sorted(registry)}, got {missing}"
+            raise ValueError(message)
+        self.config = config
+        self.adapters = nn.ModuleDict({t: registry[t].build_adapter(config) for t in tasks})
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = nn.Parameter(torch.ones(config.d_model))
+        self.heads = nn.ModuleDict({t: registry[t].build_head(config) for t in tasks})
+
+    def forward(self, batches: Mapping[str, RaggedBatch]) -> StepOutput:
+        """Run one step over the packed sequences of one or more tasks."""
+        encoded = [self.adapters[task](batch) for task, batch in batches.items()]
+        cu_tokens = concat_cu_seqlens([part.cu_tokens for part in encoded])
+        tokens_TD, experts_LTK = self.run_blocks(
+            torch.cat([part.tokens_TD for part in encoded]), cu_tokens
+        )
+        pieces = tokens_TD.split([part.tokens_TD.shape[0] for part in encoded])
+        outputs = {
+            task: self.heads[task](piece, part)
+            for task, piece, part in zip(batches, pieces, encoded, strict=True)
+        }
+        return StepOutput(outputs, experts_LTK, cu_tokens)
+
+    def run_blocks(self, tokens_TD: Tensor, cu_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return normalised tokens [T, D] and the chosen experts int32 [L, T, K]."""
+        branch_TD, residual_TD = tokens_TD, None
+        chosen = []
+        for block in self.blocks:
+            branch_TD, residual_TD, experts_TK = block(branch_TD, residual_TD, cu_tokens, FULL)
+            chosen.append(experts_TK)
+        normed_TD, _ = add_rmsnorm(branch_TD, residual_TD, self.final_norm, self.config.rms_eps)
+        return normed_TD, torch.stack(chosen)

@@ -1,0 +1,62 @@
+"""Ragged batches: rows of many sequences end to end, with offsets; nothing is padded.
+
+Legend: R rows, B sequences, D columns.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedBatch:
+    """Sequences of one task, packed.
+
+    Args:
+        features: float32 [R, D].
+        cu_seqlens: int32 [B+1], row offsets, from 0 to R.
+        extras: Named tensors, each [B, ...] or [R, ...] as the task declares.
+    """
+
+    features: Tensor
+    cu_seqlens: Tensor
+    extras: Mapping[str, Tensor]
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+
+def segment_ids(cu_seqlens: Tensor, num_rows: int) -> Tensor:
+    """Return the sequence of each row, int64 [R]."""
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    ids = torch.arange(lengths.numel(), device=cu_seqlens.device)
+    return torch.repeat_interleave(ids, lengths, output_size=num_rows)
+
+
+def concat_cu_seqlens(parts: Sequence[Tensor]) -> Tensor:
+    """Join offsets of consecutive packs into the offsets of their concatenation, int32."""
+    joined = [parts[0][:1]]
+    base = torch.zeros((), dtype=torch.int32, device=parts[0].device)
+    for part in parts:
+        joined.append(part[1:] + base)
+        base = base + part[-1]
+    return torch.cat(joined).to(torch.int32)
+
+
+def take_sequences(batch: RaggedBatch, sequence_idx: Tensor) -> RaggedBatch:
+    """Return the named sequences as a batch of their own, in that order.
+
+    Every extra must count by sequence.
+    """
+    starts = batch.cu_seqlens[:-1].long()[sequence_idx]
+    lengths = batch.cu_seqlens[1:].long()[sequence_idx] - starts
+    cu_seqlens = torch.zeros(lengths.numel() + 1, dtype=torch.int32, device=lengths.device)
+    torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
+    shift = starts - cu_seqlens[:-1].long()
+    rows = torch.repeat_interleave(shift, lengths)
+    rows = rows + torch.arange(rows.numel(), device=rows.device)
+    extras = {name: value[sequence_idx] for name, value in batch.extras.items()}
+    return RaggedBatch(batch.features[rows], cu_seqlens, extras)

@@ -1,0 +1,81 @@
+"""Tasks: what a request of a task looks like and which modules serve it.
+
+A task is a package, not a patch: any distribution may declare, in its metadata,
+
+    [project.entry-points."trimoe.tasks"]
+    fraud = "core_model.builtin_tasks:FRAUD"
+
+and the registry finds it.  The name of the entry point is the name of the task.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from core_model.config import MoEConfig
+
+ENTRY_POINT_GROUP = "trimoe.tasks"
+
+
+@dataclass(frozen=True, slots=True)
+class ExtraSpec:
+    """One named array beside the rows: its dtype, its width and what it counts by."""
+
+    width: int
+    dtype: str = "float32"
+    per: Literal["sequence", "row"] = "sequence"
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpec:
+    """Everything the platform needs to accept, schedule, run and answer a task.
+
+    Args:
+        name: Key in requests and checkpoints.
+        d_task: Columns of a request row.
+        outputs: Names of the output columns, in order.
+        build_adapter: config -> module ``(RaggedBatch) -> (tokens [T, d_model], cu_seqlens)``.
+        build_head: config -> module ``(tokens, cu_seqlens, RaggedBatch) -> (outputs, cu_seqlens)``.
+        count_tokens: Row counts int [B] -> tokens per sequence int [B], for the scheduler.
+        max_rows: Rows per sequence at most.
+        max_tokens: Tokens per sequence at most.
+        service_class: Default class.
+        deadline_ms: Default deadline.
+        extras: Arrays a request must carry.
+    """
+
+    name: str
+    d_task: int
+    outputs: tuple[str, ...]
+    build_adapter: "Callable[[MoEConfig], nn.Module]"
+    build_head: "Callable[[MoEConfig], nn.Module]"
+    count_tokens: Callable[[NDArray[np.int32]], NDArray[np.int64]]
+    max_rows: int
+    max_tokens: int
+    service_class: str
+    deadline_ms: float
+    extras: Mapping[str, ExtraSpec] = field(default_factory=dict)
+
+
+@cache
+def registered_tasks() -> Mapping[str, TaskSpec]:
+    """Return all tasks that installed distributions declare, by name."""
+    found: dict[str, TaskSpec] = {}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        spec = point.load()
+        if not isinstance(spec, TaskSpec) or spec.name != point.name:
+            message = (
+                f"entry point {point.name} = {point.value}: expected a TaskSpec named "
+                f"{point.name!r}, got {spec!r:.80}"
+            )
+            raise TypeError(message)
+        found[point.name] = spec
+    return found

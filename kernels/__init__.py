@@ -1,0 +1,1 @@
+"""One op per module: contract, torch reference and public function; Triton forms in ``_triton``."""

@@ -1,0 +1,21 @@
+"""What every Triton form agrees on: the matrix product and its precision.
+
+Tiles are multiplied with float32 accumulation; float32 operands as three tf32 products
+(relative error about 1e-6).  Triton's interpreter multiplies bfloat16 bit patterns as
+integers, so there the operands are widened first.
+"""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+INTERPRET = tl.constexpr(knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(left: tl.tensor, right: tl.tensor, accumulator: tl.tensor) -> tl.tensor:
+    """Return accumulator + left @ right, float32."""
+    if INTERPRET:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, accumulator, input_precision="tf32x3")

@@ -1,0 +1,170 @@
+"""Attention inside packed sequences, in both directions.
+
+Covered: full, and sliding window with global positions; any mix of lengths.  Not
+covered: causal masks, grouped queries, padding.
+
+Legend: T packed positions, H heads, d head width, B sequences, n positions of one
+sequence, G sequences of equal length.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.dispatch import FLOATS, Impl, check, compute_dtype, select_impl
+
+BLOCK_QUERIES = 256  # rows of a masked block: one score tile of a window of 1024 stays in cache
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPattern:
+    """Which positions of a sequence see each other.
+
+    Args:
+        window: None = all.  Else positions at most ``window // 2`` apart.
+        num_global: The first positions of each sequence that see all and are seen by all.
+    """
+
+    window: int | None
+    num_global: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_global < 0 or (self.window is not None and self.window < 0):
+            message = f"expected window and num_global from 0, got {self.window}, {self.num_global}"
+            raise ValueError(message)
+
+
+def varlen_attention(
+    q_THd: Tensor,
+    k_THd: Tensor,
+    v_THd: Tensor,
+    cu_seqlens: Tensor,
+    pattern: AttentionPattern,
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Return softmax(q k^T / sqrt(d)) v over the positions that each query may see.
+
+    Args:
+        q_THd: Queries, float; the last axis contiguous, the others free.
+        k_THd: Keys, shape and dtype of the queries.
+        v_THd: Values, shape and dtype of the queries.
+        cu_seqlens: Sequence offsets from 0 to T, int32 [B+1]; a sequence may be empty.
+        pattern: Visible positions.
+        impl: Form to run.
+
+    Returns:
+        [T, H, d], dtype of the queries, contiguous.  A NaN stays inside its sequence.
+
+    Raises:
+        ValueError: A shape, dtype or layout disagrees with the above.
+
+    Source:
+        Vaswani et al. 2017, eq. 1; pattern: Beltagy et al. 2020 (arXiv:2004.05150).
+    """
+    check("q_THd", q_THd, (None, None, None), FLOATS, contiguous=False)
+    for name, tensor in (("k_THd", k_THd), ("v_THd", v_THd)):
+        check(name, tensor, q_THd.shape, q_THd.dtype, contiguous=False)
+    if {q_THd.stride(2), k_THd.stride(2), v_THd.stride(2)} != {1}:
+        message = f"expected stride 1 along the head, got q strides {q_THd.stride()}"
+        raise ValueError(message)
+    check("cu_seqlens", cu_seqlens, (None,), torch.int32)
+    form = select_impl(impl, q_THd, k_THd, v_THd)
+    if form == "triton":
+        from kernels._triton.attention import launch  # noqa: PLC0415 - Triton is optional
+
+        return launch(q_THd, k_THd, v_THd, cu_seqlens, pattern)
+    run = attention_reference if form == "reference" else _attention_torch
+    return run(q_THd, k_THd, v_THd, cu_seqlens, pattern)
+
+
+def visible(query_Q: Tensor, key_K: Tensor, pattern: AttentionPattern) -> Tensor:
+    """Return which keys each query may see, bool [Q, K], from positions in the sequence."""
+    query_Q1, key_1K = query_Q.unsqueeze(1), key_K.unsqueeze(0)
+    if pattern.window is None:
+        return torch.ones_like(query_Q1 == key_1K)
+    near_QK = (query_Q1 - key_1K).abs() <= pattern.window // 2
+    return near_QK | (query_Q1 < pattern.num_global) | (key_1K < pattern.num_global)
+
+
+def attention_reference(
+    q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, cu_seqlens: Tensor, pattern: AttentionPattern
+) -> Tensor:
+    """The formula, sequence by sequence."""
+    wide, pieces = compute_dtype(q_THd.dtype), []
+    for length, start in zip(cu_seqlens.diff().tolist(), cu_seqlens.tolist(), strict=False):
+        q, k, v = (x[start : start + length].to(wide) for x in (q_THd, k_THd, v_THd))
+        position = torch.arange(length, device=q.device)
+        scores_HQK = torch.einsum("qhd,khd->hqk", q, k) * q.shape[2] ** -0.5
+        hidden_QK = ~visible(position, position, pattern)
+        weights_HQK = scores_HQK.masked_fill(hidden_QK, -torch.inf).softmax(dim=-1)
+        pieces.append(torch.einsum("hqk,khd->qhd", weights_HQK, v))
+    return torch.cat([q_THd.new_empty(0, *q_THd.shape[1:]), *pieces]).to(q_THd.dtype)
+
+
+def _attention_torch(
+    q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, cu_seqlens: Tensor, pattern: AttentionPattern
+) -> Tensor:
+    """Sequences of equal length as one batch: no padding, one product per length."""
+    groups = _groups(cu_seqlens)
+    if len(groups) <= 1:
+        n = next(iter(groups), 1)
+        q, k, v = (x.view(-1, n, *x.shape[1:]) for x in (q_THd, k_THd, v_THd))
+        return _equal_lengths(q, k, v, pattern).reshape(q_THd.shape)
+    rows, pieces = [], []
+    for n, starts in groups.items():
+        start_G = torch.tensor(starts, device=q_THd.device)
+        row_Gn = start_G.unsqueeze(1) + torch.arange(n, device=q_THd.device)
+        rows.append(row_Gn.flatten())
+        q, k, v = (x[row_Gn] for x in (q_THd, k_THd, v_THd))
+        pieces.append(_equal_lengths(q, k, v, pattern).flatten(0, 1))
+    order = torch.cat(rows).argsort()
+    return torch.cat(pieces).index_select(0, order)
+
+
+def _groups(cu_seqlens: Tensor) -> dict[int, list[int]]:
+    """Return the starts of the sequences of each length, empty ones left out."""
+    groups: defaultdict[int, list[int]] = defaultdict(list)
+    offsets = cu_seqlens.tolist()
+    for start, end in pairwise(offsets):
+        if end > start:
+            groups[end - start].append(start)
+    return groups
+
+
+def _equal_lengths(
+    q_GnHd: Tensor, k_GnHd: Tensor, v_GnHd: Tensor, pattern: AttentionPattern
+) -> Tensor:
+    """Return the attention of a batch, [G, n, H, d]."""
+    q, k, v = (x.transpose(1, 2) for x in (q_GnHd, k_GnHd, v_GnHd))
+    n = q.shape[2]
+    if pattern.window is None or n <= pattern.window // 2 + 1:
+        return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    num_global = min(pattern.num_global, n)
+    bounds = [*range(num_global, n, BLOCK_QUERIES), n]
+    pieces = [functional.scaled_dot_product_attention(q[:, :, :num_global], k, v)]
+    for start, end in pairwise(bounds):
+        pieces.append(_window_block(q, k, v, range(start, end), pattern))
+    return torch.cat(pieces, dim=2).transpose(1, 2)
+
+
+def _window_block(
+    q: Tensor, k: Tensor, v: Tensor, block: range, pattern: AttentionPattern
+) -> Tensor:
+    """Return the attention of a block of queries over their windows and the globals."""
+    half, n = (pattern.window or 0) // 2, q.shape[2]
+    low = max(pattern.num_global, block.start - half)
+    high = min(n, block.stop + half)
+    everyone = torch.arange(n, device=q.device)
+    key_K = torch.cat([everyone[: pattern.num_global], everyone[low:high]])
+    mask_QK = visible(everyone[block.start : block.stop], key_K, pattern)
+    return functional.scaled_dot_product_attention(
+        q[:, :, block.start : block.stop],
+        k.index_select(2, key_K),
+        v.index_select(2, key_K),
+        attn_mask=mask_QK,
+    )

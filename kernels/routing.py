@@ -1,0 +1,165 @@
+"""Which experts each token goes to, and in which order the experts see the rows.
+
+One call gives everything behind it: gate weights for ``combine``, the row order for
+``permute``, the tile map for ``grouped_ffn`` and the load of each expert.
+
+Covered: sigmoid scores, selection bias, top-k, no dropped token.  Not covered: expert
+groups, capacity.
+
+Legend: T tokens, E experts, K chosen experts, R routed rows (T * K), M tiles.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.dispatch import Impl, check, select_impl
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+class Routing(NamedTuple):
+    """Where every choice of every token goes.
+
+    Rows are ordered by expert, then token.  Each tile is at most ``block_rows``
+    consecutive rows of one expert; the number of tiles is a bound known without
+    looking at the data, so unused ones close the list.
+
+    Args:
+        weights_TK: Gate weights, float32, each row sums to 1.
+        experts_TK: Chosen experts, best first, int32.
+        rows_TK: Row of choice k of token t, int32.
+        tokens_R: Token behind each row, int32.
+        load_E: Rows of each expert, int32.
+        ends_E: Cumulative load: expert e owns rows [ends[e] - load[e], ends[e]), int32.
+        tile_expert_M: Expert of each tile, -1 past the last, int32; M = ceil(R / block_rows) + E.
+        tile_row_M: First row of each tile, 0 past the last, int32.
+        block_rows: Most rows of a tile.
+    """
+
+    weights_TK: Tensor
+    experts_TK: Tensor
+    rows_TK: Tensor
+    tokens_R: Tensor
+    load_E: Tensor
+    ends_E: Tensor
+    tile_expert_M: Tensor
+    tile_row_M: Tensor
+    block_rows: int
+
+
+def num_tiles(num_rows: int, num_experts: int, block_rows: int) -> int:
+    """Return how many tiles hold any distribution of the rows over the experts."""
+    return -(-num_rows // block_rows) + num_experts
+
+
+def route(
+    logits_TE: Tensor,
+    bias_E: Tensor,
+    num_chosen: int,
+    *,
+    block_rows: int = 64,
+    impl: Impl = "auto",
+) -> Routing:
+    """Choose experts for each token and lay out the rows by expert.
+
+        s = sigmoid(logits)     chosen = the K largest of s + bias     w = s[chosen] / sum(s[chosen])
+
+    Of equal scores the lower expert wins.  A NaN score loses to every number, so a NaN
+    token still takes K rows and disturbs no other.
+
+    Args:
+        logits_TE: Router outputs, float32, contiguous.
+        bias_E: Selection bias, float32; it moves the choice, never the weights.
+        num_chosen: K, from 1 to E.
+        block_rows: Most rows of a tile, a power of two from 16.
+        impl: Form to run.
+
+    Returns:
+        The routing; weights are differentiable in ``logits_TE``.
+
+    Raises:
+        ValueError: A shape, dtype or count disagrees with the above.
+
+    Source:
+        DeepSeek-V3, arXiv:2412.19437, eq. 12-16.
+    """
+    check("logits_TE", logits_TE, (None, None), torch.float32)
+    check("bias_E", bias_E, (logits_TE.shape[1],), torch.float32)
+    if not 1 <= num_chosen <= logits_TE.shape[1]:
+        message = f"num_chosen: expected 1 to {logits_TE.shape[1]} experts, got {num_chosen}"
+        raise ValueError(message)
+    if block_rows < 16 or block_rows & (block_rows - 1):
+        message = f"block_rows: expected a power of two from 16, got {block_rows}"
+        raise ValueError(message)
+    form = select_impl(impl, logits_TE, bias_E)
+    if form == "triton":
+        from kernels._triton.routing import launch  # noqa: PLC0415 - Triton is optional
+
+        return launch(logits_TE, bias_E, num_chosen, block_rows)
+    choose = choose_reference if form == "reference" else _choose_torch
+    experts_TK = choose(logits_TE.detach(), bias_E.detach(), num_chosen)
+    # softmax of log-sigmoids = sigmoids over their sum, without 0 / 0
+    weights_TK = functional.logsigmoid(logits_TE.gather(1, experts_TK)).softmax(dim=1)
+    return _lay_out(weights_TK, experts_TK, logits_TE.shape[1], block_rows)
+
+
+def choose_reference(logits_TE: Tensor, bias_E: Tensor, num_chosen: int) -> Tensor:
+    """The selection, int64 [T, K]."""
+    keys_TE = (logits_TE.sigmoid() + bias_E).nan_to_num(LOWEST, neginf=LOWEST)
+    return keys_TE.sort(dim=1, descending=True, stable=True).indices[:, :num_chosen]
+
+
+def _choose_torch(logits_TE: Tensor, bias_E: Tensor, num_chosen: int) -> Tensor:
+    """K rounds of argmax, which names the first of equals and sorts nothing."""
+    keys_TE = (logits_TE.sigmoid() + bias_E).nan_to_num(LOWEST, neginf=LOWEST)
+    experts_TK = torch.empty(
+        logits_TE.shape[0], num_chosen, dtype=torch.int64, device=keys_TE.device
+    )
+    for k in range(num_chosen):
+        best_T1 = keys_TE.argmax(dim=1, keepdim=True)
+        experts_TK[:, k : k + 1] = best_T1
+        keys_TE.scatter_(1, best_T1, -torch.inf)
+    return experts_TK
+
+
+def _lay_out(weights_TK: Tensor, experts_TK: Tensor, num_experts: int, block_rows: int) -> Routing:
+    """Order the choices by expert and cut the order into tiles; no value leaves the device."""
+    device, num_rows = experts_TK.device, experts_TK.numel()
+    order = experts_TK.flatten().sort(stable=True)
+    rows_R = torch.empty(num_rows, dtype=torch.int32, device=device)
+    rows_R[order.indices] = torch.arange(num_rows, dtype=torch.int32, device=device)
+    every_E = torch.arange(num_experts, device=device)
+    ends_E = torch.searchsorted(order.values, every_E, right=True, out_int32=True)
+    load_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+    tile_expert_M, tile_row_M = _tile_map(load_E, ends_E, num_rows, block_rows)
+    return Routing(
+        weights_TK=weights_TK,
+        experts_TK=experts_TK.to(torch.int32),
+        rows_TK=rows_R.view_as(experts_TK),
+        tokens_R=(order.indices // experts_TK.shape[1]).to(torch.int32),
+        load_E=load_E,
+        ends_E=ends_E,
+        tile_expert_M=tile_expert_M,
+        tile_row_M=tile_row_M,
+        block_rows=block_rows,
+    )
+
+
+def _tile_map(
+    load_E: Tensor, ends_E: Tensor, num_rows: int, block_rows: int
+) -> tuple[Tensor, Tensor]:
+    num_experts = load_E.numel()
+    tiles_E = (load_E + (block_rows - 1)) // block_rows
+    tile_ends_E = tiles_E.cumsum(0, dtype=torch.int32)
+    tile_M = torch.arange(
+        num_tiles(num_rows, num_experts, block_rows), dtype=torch.int32, device=load_E.device
+    )
+    expert_M = torch.searchsorted(tile_ends_E, tile_M, right=True, out_int32=True)
+    used_M = expert_M < num_experts
+    index_M = expert_M.clamp(max=num_experts - 1)
+    first_E = ends_E - load_E - (tile_ends_E - tiles_E) * block_rows
+    row_M = first_E[index_M] + tile_M * block_rows
+    return expert_M.masked_fill(~used_M, -1), row_M.masked_fill(~used_M, 0)

@@ -1,0 +1,113 @@
+"""The phases of a run, what each needs of the machine, and the brokers that tests share.
+
+A test belongs to the phase of its last marker in ``PHASES``; phases run one after the
+other and their times are printed at the end.  A phase whose need is not met is skipped
+and says so in one line, unless TRIMOE_REQUIRE names it: then the run fails.
+"""
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from apps.fraud.brokers import EmbeddedBroker
+from benchmarks.real_kafka import RealKafka, missing_tools
+
+PHASES = ("unit", "slow", "ray", "kafka", "browser", "data", "gpu")
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # clusters of tests; read when Ray is imported
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def phase_of(item: pytest.Item) -> str:
+    """Return the phase a test belongs to."""
+    marked = [phase for phase in PHASES if item.get_closest_marker(phase)]
+    return marked[-1] if marked else "unit"
+
+
+def unmet_need(phase: str) -> str:
+    """Return what this machine lacks for a phase, empty if nothing."""
+    if phase == "kafka":
+        return ", ".join(f"no {tool}" for tool in missing_tools())
+    if phase == "browser" and shutil.which("chromium") is None:
+        return "no chromium"
+    if phase == "data" and not os.environ.get("TRIMOE_DATA"):
+        return "TRIMOE_DATA is not set"
+    if phase == "gpu":
+        import torch
+
+        return "" if torch.cuda.is_available() else "no CUDA device"
+    return ""
+
+
+class PhaseReport:
+    """Orders tests by phase, skips what cannot run here, and reports each phase in one line."""
+
+    def __init__(self, required: list[str]) -> None:
+        self.required = required
+        self.phases: dict[str, str] = {}
+        self.unmet: dict[str, str] = {}
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.outcomes: Counter[tuple[str, str]] = Counter()
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        self.phases = {item.nodeid: phase_of(item) for item in items}
+        self.unmet = {phase: unmet_need(phase) for phase in set(self.phases.values())}
+        for item in items:
+            if reason := self.unmet[self.phases[item.nodeid]]:
+                item.add_marker(pytest.mark.skip(reason=reason))
+        items.sort(key=lambda item: PHASES.index(self.phases[item.nodeid]))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        phase = self.phases[report.nodeid]
+        self.seconds[phase] += report.duration
+        if report.when == "call" or report.outcome != "passed":
+            self.outcomes[phase, report.outcome] += 1
+
+    def broken_promises(self) -> list[str]:
+        """Return the required phases of which a test was skipped, or none passed."""
+        return [
+            phase
+            for phase in self.required
+            if self.outcomes[phase, "skipped"] or not self.outcomes[phase, "passed"]
+        ]
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if session.exitstatus == pytest.ExitCode.OK and self.broken_promises():
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.section("phases")
+        for phase in (p for p in PHASES if p in self.unmet):
+            counts = ", ".join(
+                f"{count} {outcome}"
+                for (of, outcome), count in self.outcomes.items()
+                if of == phase
+            )
+            reason = f" ({self.unmet[phase]})" if self.unmet[phase] else ""
+            terminalreporter.line(f"{phase:8}{self.seconds[phase]:7.1f} s  {counts}{reason}")
+        for phase in self.broken_promises():
+            terminalreporter.line(
+                f"ERROR: TRIMOE_REQUIRE names {phase}, whose tests did not all run"
+            )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    required = [phase for phase in os.environ.get("TRIMOE_REQUIRE", "").split(",") if phase]
+    config.pluginmanager.register(PhaseReport(required), "trimoe-phases")
+
+
+@pytest.fixture(scope="session")
+def real_kafka() -> Iterator[RealKafka]:
+    """One Apache Kafka for the run, topics to be created by the test; mark the test ``kafka``."""
+    with RealKafka() as broker:
+        yield broker
+
+
+@pytest.fixture
+def embedded_broker() -> Iterator[EmbeddedBroker]:
+    """A fresh embedded broker, ready in 0.1 s; clients take ``EMBEDDED_CLIENT_OPTIONS``."""
+    with EmbeddedBroker() as broker:
+        yield broker

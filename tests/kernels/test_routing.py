@@ -1,0 +1,163 @@
+import math
+from collections.abc import Callable
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.dispatch import Form, Impl
+from kernels.routing import Routing, num_tiles, route
+
+NearCheck = Callable[[Tensor, Tensor], None]
+FORMS = get_args(Form)
+SHAPES = [(0, 4, 2), (1, 1, 1), (1, 3, 3), (37, 5, 2), (130, 16, 2), (67, 128, 8)]  # T, E, K
+
+
+def assert_same(got: Routing, want: Routing, assert_near: NearCheck) -> None:
+    assert_near(got.weights_TK, want.weights_TK)
+    for name in Routing._fields[1:-1]:
+        got_value, want_value = getattr(got, name), getattr(want, name)
+        assert got_value.dtype == torch.int32, name
+        assert torch.equal(got_value, want_value), name
+    assert got.block_rows == want.block_rows
+
+
+def naive_choice(logits: list[float], bias: list[float], k: int) -> tuple[list[int], list[float]]:
+    scores = [1.0 / (1.0 + math.exp(-x)) for x in logits]
+    keys = [s + b for s, b in zip(scores, bias, strict=True)]
+    chosen = sorted(range(len(keys)), key=lambda e: (-keys[e], e))[:k]
+    total = sum(scores[e] for e in chosen)
+    return chosen, [scores[e] / total for e in chosen]
+
+
+def test_reference_is_the_formula(assert_near: NearCheck) -> None:
+    logits_TE, bias_E = torch.randn(29, 7), torch.randn(7) * 0.3
+    routing = route(logits_TE, bias_E, 3, impl="reference")
+    naive = [naive_choice(row, bias_E.tolist(), 3) for row in logits_TE.tolist()]
+    assert routing.experts_TK.tolist() == [chosen for chosen, _ in naive]
+    assert_near(routing.weights_TK, torch.tensor([weights for _, weights in naive]))
+
+
+@pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize(("num_tokens", "num_experts", "num_chosen"), SHAPES)
+def test_rows_are_in_stable_expert_order(
+    impl: Impl, num_tokens: int, num_experts: int, num_chosen: int, device: torch.device
+) -> None:
+    logits_TE = torch.randn(num_tokens, num_experts, device=device)
+    bias_E = torch.randn(num_experts, device=device) * 0.2
+    routing = route(logits_TE, bias_E, num_chosen, block_rows=16, impl=impl)
+    choices = [
+        (expert, token, k)
+        for token, experts in enumerate(routing.experts_TK.tolist())
+        for k, expert in enumerate(experts)
+    ]
+    ordered = sorted(choices)
+    rows_TK, tokens_R = routing.rows_TK.tolist(), routing.tokens_R.tolist()
+    assert tokens_R == [token for _, token, _ in ordered]
+    assert [rows_TK[token][k] for _, token, k in ordered] == list(range(len(ordered)))
+    loads = [sum(e == expert for e, _, _ in choices) for expert in range(num_experts)]
+    assert routing.load_E.tolist() == loads
+    assert routing.ends_E.tolist() == torch.tensor(loads).cumsum(0).tolist()
+
+
+@pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize(("num_tokens", "num_experts", "num_chosen"), SHAPES)
+def test_tiles_cover_every_row_once(
+    impl: Impl, num_tokens: int, num_experts: int, num_chosen: int, device: torch.device
+) -> None:
+    logits_TE = torch.randn(num_tokens, num_experts, device=device)
+    bias_E = torch.zeros(num_experts, device=device)
+    routing = route(logits_TE, bias_E, num_chosen, block_rows=16, impl=impl)
+    ends, owner = routing.ends_E.tolist(), {}
+    tiles = zip(routing.tile_expert_M.tolist(), routing.tile_row_M.tolist(), strict=True)
+    for expert, first in tiles:
+        if expert < 0:
+            assert first == 0
+            continue
+        for row in range(first, min(first + 16, ends[expert])):
+            assert row not in owner
+            owner[row] = expert
+    starts = [0, *ends]
+    assert owner == {r: e for e in range(num_experts) for r in range(starts[e], ends[e])}
+    assert routing.tile_expert_M.numel() == num_tiles(num_tokens * num_chosen, num_experts, 16)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize(("num_tokens", "num_experts", "num_chosen"), SHAPES)
+def test_forms_agree(
+    impl: Impl,
+    num_tokens: int,
+    num_experts: int,
+    num_chosen: int,
+    device: torch.device,
+    assert_near: NearCheck,
+) -> None:
+    logits_TE = torch.randn(num_tokens, num_experts, device=device)
+    bias_E = torch.randn(num_experts, device=device) * 0.2
+    want = route(logits_TE, bias_E, num_chosen, block_rows=32, impl="reference")
+    got = route(logits_TE, bias_E, num_chosen, block_rows=32, impl=impl)
+    assert_same(got, want, assert_near)
+    ones_T = torch.ones(num_tokens, device=device)
+    assert_near(got.weights_TK.sum(dim=1), ones_T)
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_of_equal_scores_the_lower_expert_wins(impl: Impl, device: torch.device) -> None:
+    logits_TE = torch.tensor([[0.0, 1.0, 1.0, 1.0], [50.0, 60.0, 70.0, 80.0]], device=device)
+    routing = route(logits_TE, torch.zeros(4, device=device), 2, impl=impl)
+    assert routing.experts_TK.tolist() == [[1, 2], [0, 1]]  # sigmoid(50) is 1 in float32
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_nan_and_minus_infinity_lose_to_every_number(impl: Impl, device: torch.device) -> None:
+    inf, nan = torch.inf, torch.nan
+    logits_TE = torch.tensor([[nan, -3.0, 1.0], [nan, nan, nan], [0.0, 1.0, 2.0]], device=device)
+    bias_E = torch.tensor([0.0, 0.0, 0.0], device=device)
+    routing = route(logits_TE, bias_E, 2, impl=impl)
+    assert routing.experts_TK.tolist() == [[2, 1], [0, 1], [2, 1]]
+    assert routing.weights_TK.isnan().any(dim=1).tolist() == [False, True, False]
+    closed_E = torch.tensor([0.0, 0.0, -inf], device=device)
+    assert route(logits_TE[2:], closed_E, 2, impl=impl).experts_TK.tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_bias_moves_the_choice_and_not_the_weights(
+    impl: Impl, device: torch.device, assert_near: NearCheck
+) -> None:
+    logits_TE = torch.tensor([[2.0, 1.0, 0.0]], device=device).expand(70, 3).contiguous()
+    bias_E = torch.tensor([-9.0, 0.0, 9.0], device=device)
+    routing = route(logits_TE, bias_E, 1, block_rows=16, impl=impl)
+    assert routing.load_E.tolist() == [0, 0, 70]
+    assert_near(routing.weights_TK, torch.ones(70, 1))
+    both = route(logits_TE, bias_E, 2, impl=impl)
+    pair = torch.sigmoid(torch.tensor([0.0, 1.0]))
+    assert_near(both.weights_TK, (pair / pair.sum()).expand(70, 2))
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_weights_survive_scores_that_underflow(
+    impl: Impl, device: torch.device, assert_near: NearCheck
+) -> None:
+    logits_TE = torch.full((1, 4), -200.0, device=device)
+    routing = route(logits_TE, torch.zeros(4, device=device), 2, impl=impl)
+    assert_near(routing.weights_TK, torch.full((1, 2), 0.5))
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_gradient_of_the_weights(impl: Impl) -> None:
+    logits_TE = torch.randn(5, 6, requires_grad=True)
+    routing = route(logits_TE, torch.zeros(6), 2, impl=impl)
+    routing.weights_TK[:, 0].sum().backward()  # type: ignore[no-untyped-call]
+    scores = logits_TE.detach().sigmoid()
+    first, second = (scores.gather(1, routing.experts_TK[:, k : k + 1].long()) for k in (0, 1))
+    expected = second / (first + second).square() * first * (1.0 - first)
+    assert logits_TE.grad is not None
+    got = logits_TE.grad.gather(1, routing.experts_TK[:, :1].long())
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(("num_chosen", "block_rows"), [(0, 64), (5, 64), (2, 48), (2, 8)])
+def test_bad_counts_are_refused(num_chosen: int, block_rows: int) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        route(torch.zeros(3, 4), torch.zeros(4), num_chosen, block_rows=block_rows)
