@@ -11,8 +11,8 @@ BIN := .venv/bin
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
-	@if ! "$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; then
-	  echo "trimoe needs Python 3.11 or 3.12; $(PYTHON) is $$("$(PYTHON)" --version 2>&1); say make PYTHON=..." >&2
+	@if ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+	  echo "trimoe needs Python 3.11 or later; $(PYTHON) is $$("$(PYTHON)" --version 2>&1); say make PYTHON=..." >&2
 	  exit 2
 	fi
 	[[ -x $(BIN)/python ]] || "$(PYTHON)" -m venv .venv

@@ -182,7 +182,7 @@ def _gpu() -> str:
         return "none (CPU only)"
     query = [tool, "--query-gpu=name", "--format=csv,noheader"]
     try:
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603 - fixed words, no shell
             query, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=True
         )
     except (OSError, subprocess.SubprocessError) as error:

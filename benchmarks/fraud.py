@@ -33,26 +33,6 @@ from benchmarks.real_kafka import RealKafka
 if TYPE_CHECKING:
     from cluster.loading import Load
 
-RESULTS = Path(__file__).parent / "results"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``trimoe bench fraud``."""
-    broker = parser.add_mutually_exclusive_group()
-    broker.add_argument("--embedded", action="store_true", help="the demo's broker, in memory")
-    broker.add_argument(
-        "--bootstrap-servers", metavar="HOST:PORT[,...]", help="default: Apache Kafka"
-    )
-    parser.add_argument("--kafka-config", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--rate", type=float, default=1500.0, metavar="TX_S")
-    parser.add_argument("--seconds", type=float, default=60.0, help="measured part")
-    parser.add_argument("--settle", type=float, default=10.0, help="seconds that are not measured")
-    parser.add_argument("--workers", type=int, default=1, metavar="N")
-    parser.add_argument("--models", type=Path, metavar="DIR", help="default: the shipped weights")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--profile", type=Path, metavar="DIR", help="where the time goes, by stage")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
-
 
 def measure(args: argparse.Namespace, load: "Load | None" = None) -> dict[str, float]:
     """Run one measurement and return its figures."""
@@ -63,7 +43,8 @@ def measure(args: argparse.Namespace, load: "Load | None" = None) -> dict[str, f
         world = generate_world(folder, num_transactions)
         address = args.bootstrap_servers
         if address is None:
-            broker = stack.enter_context(EmbeddedBroker() if args.embedded else RealKafka())
+            broker: EmbeddedBroker | RealKafka = EmbeddedBroker() if args.embedded else RealKafka()
+            stack.enter_context(broker)
             address = broker.bootstrap_servers
         name = f"bench-{time.time_ns()}"
         topics, kafka = make_topics(address, name), KafkaSettings(address, name, options)
@@ -129,7 +110,7 @@ def _commit() -> str:
 def main(args: argparse.Namespace, load: "Load | None" = None) -> int:
     """Run ``trimoe bench fraud``; the last line is one JSON object."""
     figures = measure(args, load)
-    broker = "embedded" if args.embedded else args.bootstrap_servers and "given" or "apache-kafka"
+    broker = "embedded" if args.embedded else (args.bootstrap_servers and "given") or "apache-kafka"
     setting = {
         "broker": broker,
         "partitions": NUM_PARTITIONS,
@@ -137,7 +118,7 @@ def main(args: argparse.Namespace, load: "Load | None" = None) -> int:
         "device": args.device,
         "model": str(args.models or "shipped") if load is None else "injected",
     }
-    path = append_row(args.results, figures, setting)
+    path = append_row(args.results or Path(__file__).parent / "results", figures, setting)
     print(f"\nevent time is compressed to the offered rate; row appended to {path.name}")
     if args.profile is not None:
         for report in sorted(args.profile.glob("stages-*.json")):

@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
-from ray.exceptions import RayError
 
 from apps.fraud.decision import load_policy
 from apps.fraud.launch import WorkerPlan, default_schemas
@@ -38,8 +37,11 @@ from benchmarks.fraud_rig import (
     running_workers,
 )
 from benchmarks.real_kafka import RealKafka
-from cluster.workers import WorkerGroup
 
+if TYPE_CHECKING:
+    from cluster.workers import WorkerGroup
+
+REORDER_WAIT_MS = 500  # sender, broker and workers starve one another here; recovery is the test
 _RESTART_S = 30.0  # a worker process is back within seconds
 
 
@@ -62,7 +64,7 @@ def kill_run(bootstrap_servers: str, table: pd.DataFrame, plan: Plan) -> dict[st
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="trimoe-kill-")))
         settings = ServiceSettings(
-            topics=topics, state_dir=folder, snapshot_period_s=2.0, reorder_wait_ms=100
+            topics=topics, state_dir=folder, snapshot_period_s=2.0, reorder_wait_ms=REORDER_WAIT_MS
         )
         worker_plan = WorkerPlan(kafka, settings, load_policy(), default_schemas())
         group = stack.enter_context(
@@ -78,8 +80,10 @@ def kill_run(bootstrap_servers: str, table: pd.DataFrame, plan: Plan) -> dict[st
         kills = _kill_at_random(group, collector, plan, seconds)
         sending.join()
         found = collector.read_until(len(table))
+    wrong = sorted(k for k, v in found.digests.items() if v != {expected[k]})
     return {
         "transactions": len(table),
+        "unequal": wrong[:5],
         "kills": kills,
         "decided": len(found.digests),
         "dead_letters": found.dead_letters,
@@ -89,7 +93,7 @@ def kill_run(bootstrap_servers: str, table: pd.DataFrame, plan: Plan) -> dict[st
 
 
 def _kill_at_random(
-    group: WorkerGroup, collector: Collector, plan: Plan, seconds: float
+    group: "WorkerGroup", collector: Collector, plan: Plan, seconds: float
 ) -> Sequence[float]:
     """Kill one worker at each of some random moments; return the moments in seconds."""
     chosen = random.Random(plan.seed)  # noqa: S311 - moments and victims
@@ -103,8 +107,10 @@ def _kill_at_random(
     return done
 
 
-def _pids(group: WorkerGroup) -> Sequence[int]:
+def _pids(group: "WorkerGroup") -> Sequence[int]:
     """Return the workers' processes; one that restarts just now is waited for."""
+    from ray.exceptions import RayError  # noqa: PLC0415 - after the environment is prepared
+
     deadline_s = time.monotonic() + _RESTART_S
     while True:
         try:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,9 @@ from apps.fraud.stream import Outgoing, Stream, TopicPartition
 from apps.fraud.table import LABEL_COLUMN
 from apps.fraud.transport import KafkaSettings, KafkaStream
 from benchmarks.steady_client import SteadyClient
-from cluster.workers import WorkerGroup
+
+if TYPE_CHECKING:
+    from cluster.workers import WorkerGroup
 
 NUM_PARTITIONS = 4
 _BATCH = 4096
@@ -136,18 +139,19 @@ class Collector:
 @contextmanager
 def running_workers(
     plan: WorkerPlan, num_workers: int, *, with_model: bool
-) -> Iterator[WorkerGroup]:
+) -> Iterator["WorkerGroup"]:
     """Run workers on the whole platform, or on Ray alone with ``SteadyClient``."""
     if with_model:
         with running_service(plan, num_workers) as group:
             yield group
         return
-    import ray  # noqa: PLC0415 - slow to import, and only this path needs it
-
-    from cluster.platform import prepare_environment  # noqa: PLC0415
-    from cluster.workers import run_workers  # noqa: PLC0415
+    from cluster.platform import prepare_environment  # noqa: PLC0415 - only this path needs it
 
     prepare_environment()
+    import ray  # noqa: PLC0415 - reads the environment when imported
+
+    from cluster.workers import run_workers  # noqa: PLC0415 - imports ray
+
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         group = run_workers(plan, num_workers, dial=SteadyClient)

@@ -51,11 +51,10 @@ class CoreReplica:
             raise UnavailableError(message)
 
 
-InferenceCore: serve.Deployment = serve.deployment(
-    CoreReplica,
+InferenceCore = serve.deployment(
     name=CORE_NAME,
     max_ongoing_requests=256,  # the scheduler orders them; Serve's default of 5 would cap steps
     health_check_period_s=5.0,
     health_check_timeout_s=60.0,
     graceful_shutdown_timeout_s=10.0,
-)
+)(CoreReplica)

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
+import ray
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from ray import serve
@@ -119,15 +120,19 @@ def _build_in_replica() -> FastAPI:
         except TimeoutError as error:
             message = f"core: expected a status within {STATUS_TIMEOUT_S:.0f} s, got none"
             raise UnavailableError(message) from error
-        return report
+        nodes = await asyncio.to_thread(ray.nodes)
+        return {**report, "ray": ray.__version__, "ray_nodes": sum(map(_is_alive, nodes))}
 
     return build_api(HandleClient(handle), status)
 
 
-Gateway: serve.Deployment = serve.deployment(
-    serve.ingress(_build_in_replica)(),
+def _is_alive(node: Mapping[str, Any]) -> bool:
+    return bool(node["Alive"])
+
+
+Gateway = serve.deployment(
     name="Gateway",
     max_ongoing_requests=512,
     ray_actor_options={"num_cpus": 0},
     graceful_shutdown_timeout_s=5.0,
-)
+)(serve.ingress(_build_in_replica)())

@@ -62,7 +62,8 @@ def connect_blocking() -> HandleClient:
     and without which each ``asyncio.run`` would lose it.
     """
     handle = serve.get_deployment_handle(CORE_NAME, APP_NAME)
-    handle._init(_run_router_in_separate_loop=True)
+    if not handle.is_initialized:
+        handle._init(_run_router_in_separate_loop=True)
     return HandleClient(handle)
 
 

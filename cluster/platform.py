@@ -187,4 +187,4 @@ def _shut_down() -> None:
         # While it ends, Ray prints to stdout that its own controller's calls failed.
         with redirect_stdout(io.StringIO()):
             serve.shutdown()
-            ray.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()

@@ -38,7 +38,7 @@ class SequenceStatus:
     NON_FINITE = 1  # the model's output for this sequence is not finite
 
 
-def _require(condition: bool, expected: str, came: object) -> None:  # noqa: FBT001 - a check
+def _require(condition: bool, expected: str, came: object) -> None:
     if not condition:
         message = f"expected {expected}, got {came}"
         raise InvalidRequestError(message)
@@ -114,6 +114,7 @@ class InferRequest:
 
     @property
     def num_sequences(self) -> int:
+        """Number of sequences, B."""
         return self.cu_seqlens.size - 1
 
 

@@ -81,8 +81,9 @@ class Worker:
         if self._service is not None:
             self._service.request_stop()
 
+    @ray.method(max_task_retries=-1)
     async def pid(self) -> int:
-        """Return the process id."""
+        """Return the process id; a call outlives restarts."""
         return os.getpid()
 
 
@@ -148,11 +149,14 @@ class WorkerGroup:
                 return
             if time.monotonic() - started > self._policy.healthy_s:
                 num_failures, pause_s = 0, self._policy.first_pause_s
-            num_failures += not isinstance(error, ReplicaLostError)
-            if isinstance(error, ConfigurationError) or num_failures > self._policy.max_failures:
-                raise error
             LOG.warning("worker %d restarts: %s", index, error)
             self._num_restarts[index] += 1
+            if isinstance(error, ReplicaLostError):
+                _await_restart(self._actors[index])
+                continue
+            num_failures += 1
+            if isinstance(error, ConfigurationError) or num_failures > self._policy.max_failures:
+                raise error
             self._stopping.wait(pause_s)
             pause_s = min(2 * pause_s, self._policy.longest_pause_s)
 
@@ -194,3 +198,15 @@ def _run_once(actor: Any) -> TrimoeError | None:  # noqa: ANN401 - Ray's handles
     except RayError as error:
         return translate(error)
     return None
+
+
+def _await_restart(actor: Any) -> None:  # noqa: ANN401 - as above
+    """Return when Ray has restarted the worker's process.
+
+    Raises:
+        ReplicaLostError: It never will: the process cannot be set up at all.
+    """
+    try:
+        ray.get(actor.pid.remote())
+    except RayError as error:
+        raise translate(error) from error

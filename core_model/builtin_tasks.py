@@ -12,10 +12,11 @@ COLUMN_AMOUNT = 2  # currency units
 COLUMN_MATURED = 3  # 1 if old enough for its label to be known
 COLUMN_FRAUD = 4  # 1 if matured and known as fraud
 COLUMN_SAME = 5  # 1 if card and terminal are both those of the event
-NUM_ROW_COLUMNS = 6
+COLUMN_RATIO = 6  # amount over the mean of its card's earlier amounts, NaN if undefined
+NUM_ROW_COLUMNS = 7
 NUM_CARD_ROWS = 16  # last transactions of the card before this one
 NUM_TERMINAL_ROWS = 32  # last transactions of the terminal before this one
-TOKENS_PER_TRANSACTION = 4  # event, card, terminal, tree
+TOKENS_PER_TRANSACTION = 3  # sequence alone, sequence beside the tree, tree
 
 
 def _count_tokens(num_rows: NDArray[np.int32]) -> NDArray[np.int64]:

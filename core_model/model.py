@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from core_model.blocks import Block
 from core_model.config import MoEConfig
-from core_model.packing import RaggedBatch, concat_cu_seqlens
+from core_model.packing import Encoded, RaggedBatch, concat_cu_seqlens
 from core_model.tasks import TaskSpec, registered_tasks
 from kernels.attention import AttentionPattern
 from kernels.norm import add_rmsnorm
@@ -28,7 +28,7 @@ class StepOutput(NamedTuple):
     Args:
         outputs: Per task: output rows [R_out, D_out] and their offsets int32 [B+1].
         experts_LTK: The experts that each token chose in each layer, int32 [L, T, K].
-        cu_tokens: Token offsets of all sequences, tasks in the order given, int32.
+        cu_tokens: Token offsets of all sequences, tasks in the order given, int32 [sum B + 1].
     """
 
     outputs: Mapping[str, tuple[Tensor, Tensor]]
@@ -59,24 +59,25 @@ class MoETransformer(nn.Module):
 
     def forward(self, batches: Mapping[str, RaggedBatch]) -> StepOutput:
         """Run one step over the packed sequences of one or more tasks."""
-        encoded = [self.adapters[task](batch) for task, batch in batches.items()]
-        cu_tokens = concat_cu_seqlens([part.cu_tokens for part in encoded])
+        encoded: list[Encoded] = [self.adapters[task](batch) for task, batch in batches.items()]
         tokens_TD, experts_LTK = self.run_blocks(
-            torch.cat([part.tokens_TD for part in encoded]), cu_tokens
+            torch.cat([part.tokens_TD for part in encoded]),
+            concat_cu_seqlens([part.cu_spans for part in encoded]),
         )
         pieces = tokens_TD.split([part.tokens_TD.shape[0] for part in encoded])
         outputs = {
             task: self.heads[task](piece, part)
             for task, piece, part in zip(batches, pieces, encoded, strict=True)
         }
+        cu_tokens = concat_cu_seqlens([part.cu_tokens for part in encoded])
         return StepOutput(outputs, experts_LTK, cu_tokens)
 
-    def run_blocks(self, tokens_TD: Tensor, cu_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def run_blocks(self, tokens_TD: Tensor, cu_spans: Tensor) -> tuple[Tensor, Tensor]:
         """Return normalised tokens [T, D] and the chosen experts int32 [L, T, K]."""
         branch_TD, residual_TD = tokens_TD, None
         chosen = []
         for block in self.blocks:
-            branch_TD, residual_TD, experts_TK = block(branch_TD, residual_TD, cu_tokens, FULL)
+            branch_TD, residual_TD, experts_TK = block(branch_TD, residual_TD, cu_spans, FULL)
             chosen.append(experts_TK)
         normed_TD, _ = add_rmsnorm(branch_TD, residual_TD, self.final_norm, self.config.rms_eps)
         return normed_TD, torch.stack(chosen)

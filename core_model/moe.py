@@ -38,10 +38,13 @@ class MoELayer(nn.Module):
         self.shared_gate_up = init_weight((2 * config.d_shared, d), d)
         self.shared_down = init_weight((d, config.d_shared), config.d_shared)
 
+    def router_logits(self, x_TD: Tensor) -> Tensor:
+        """Return the score of each expert before the sigmoid, float32 [T, E]."""
+        return functional.linear(x_TD.float(), self.router.float())
+
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the layer's output [T, D] and the chosen experts int32 [T, K]."""
-        logits_TE = functional.linear(x_TD.float(), self.router.float())
-        routing = route(logits_TE, self.expert_bias, self.num_chosen)
+        routing = route(self.router_logits(x_TD), self.expert_bias, self.num_chosen)
         rows_RD = permute(x_TD, routing.tokens_R)
         rows_RD = grouped_ffn(rows_RD, self.gate_up, self.down, routing)
         routed_TD = combine(rows_RD, routing.weights_TK, routing.rows_TK)

@@ -29,6 +29,31 @@ class RaggedBatch:
         return self.cu_seqlens.numel() - 1
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What an adapter hands to the blocks and, past them, to its head.
+
+    Args:
+        tokens_TD: Tokens of all sequences end to end [T, D].
+        cu_tokens: Token offsets of the sequences, int32 [B+1].
+        cu_spans: Token offsets of the attention spans, int32; a span lies inside one
+            sequence, and tokens see their own span only.
+        side: Whatever the head needs beside the tokens.
+    """
+
+    tokens_TD: Tensor
+    cu_tokens: Tensor
+    cu_spans: Tensor
+    side: Mapping[str, Tensor]
+
+
+def offsets_from_lengths(lengths: Tensor) -> Tensor:
+    """Return offsets 0, l0, l0 + l1, ... of integer lengths [B], int32 [B+1]."""
+    offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int32, device=lengths.device)
+    torch.cumsum(lengths, 0, dtype=torch.int32, out=offsets[1:])
+    return offsets
+
+
 def segment_ids(cu_seqlens: Tensor, num_rows: int) -> Tensor:
     """Return the sequence of each row, int64 [R]."""
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
@@ -53,8 +78,7 @@ def take_sequences(batch: RaggedBatch, sequence_idx: Tensor) -> RaggedBatch:
     """
     starts = batch.cu_seqlens[:-1].long()[sequence_idx]
     lengths = batch.cu_seqlens[1:].long()[sequence_idx] - starts
-    cu_seqlens = torch.zeros(lengths.numel() + 1, dtype=torch.int32, device=lengths.device)
-    torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
+    cu_seqlens = offsets_from_lengths(lengths)
     shift = starts - cu_seqlens[:-1].long()
     rows = torch.repeat_interleave(shift, lengths)
     rows = rows + torch.arange(rows.numel(), device=rows.device)

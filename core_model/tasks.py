@@ -42,8 +42,8 @@ class TaskSpec:
         name: Key in requests and checkpoints.
         d_task: Columns of a request row.
         outputs: Names of the output columns, in order.
-        build_adapter: config -> module ``(RaggedBatch) -> (tokens [T, d_model], cu_seqlens)``.
-        build_head: config -> module ``(tokens, cu_seqlens, RaggedBatch) -> (outputs, cu_seqlens)``.
+        build_adapter: config -> module ``(RaggedBatch) -> Encoded``.
+        build_head: config -> module ``(tokens_TD, Encoded) -> (outputs [R_out, D_out], offsets)``.
         count_tokens: Row counts int [B] -> tokens per sequence int [B], for the scheduler.
         max_rows: Rows per sequence at most.
         max_tokens: Tokens per sequence at most.

@@ -65,7 +65,9 @@ class _Arrays:
         self.leaf = np.zeros((num_trees, 2**depth), np.float32)
         self.embedding = np.zeros((num_trees, 2**depth, num_features), np.float32)
 
-    def fill(self, index: int, tree: _Tree, node: int, slot: int, path: NDArray[np.float64]) -> None:
+    def fill(
+        self, index: int, tree: _Tree, node: int, slot: int, path: NDArray[np.float64]
+    ) -> None:
         """Write the subtree at ``node`` into position ``slot``."""
         is_leaf = tree.left[node] < 0
         if slot >= self.num_inner:

@@ -114,7 +114,7 @@ def _attention_torch(
     if len(groups) <= 1:
         n = next(iter(groups), 1)
         q, k, v = (x.view(-1, n, *x.shape[1:]) for x in (q_THd, k_THd, v_THd))
-        return _equal_lengths(q, k, v, pattern).reshape(q_THd.shape)
+        return _equal_lengths(q, k, v, pattern).reshape(q_THd.shape).contiguous()
     rows, pieces = [], []
     for n, starts in groups.items():
         start_G = torch.tensor(starts, device=q_THd.device)

@@ -52,6 +52,7 @@ class PhaseReport:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.outcomes: Counter[tuple[str, str]] = Counter()
 
+    @pytest.hookimpl(trylast=True)  # after -m has chosen
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         self.phases = {item.nodeid: phase_of(item) for item in items}
         self.unmet = {phase: unmet_need(phase) for phase in set(self.phases.values())}

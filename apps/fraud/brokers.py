@@ -146,10 +146,9 @@ def _wait_until_ready(
         else:
             return
     last = (log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
-    message = (
-        f"expected a broker at {_LOOPBACK}:{port} within {timeout_s:.0f} s, "
-        f"got exit status {process.poll()}: {last}"
-    )
+    status = process.poll()
+    state = "it runs silently" if status is None else f"it ended with status {status}"
+    message = f"expected a broker at {_LOOPBACK}:{port} within {timeout_s:.0f} s, {state}: {last}"
     raise ConfigurationError(message)
 
 

@@ -5,12 +5,13 @@ import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import TypeAlias
 
 from apps.fraud.settings import ServiceSettings, Topics
 
 _DEFAULTS = ServiceSettings()
 
-Subparsers = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -25,6 +26,7 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_evaluate(commands)
     _add_train(commands)
     _add_demo(subparsers)
+    _add_bench(subparsers)
 
 
 def _later(module: str, function: str = "main") -> Callable[[argparse.Namespace], int]:
@@ -116,7 +118,8 @@ def _simulate(args: argparse.Namespace) -> int:
     from apps.fraud.table import write_table  # noqa: PLC0415
     from apps.fraud.transaction import TransactionSchema  # noqa: PLC0415
 
-    table = simulate(args.cards, args.terminals, args.days, args.seed)
+    config = SimulationConfig(args.cards, args.terminals, args.days, seed=args.seed)
+    table = simulate(config)
     write_table(table, args.out, TransactionSchema())
     print(f"{len(table)} transactions in {args.out}")  # noqa: T201 - a command's answer
     return 0
@@ -181,6 +184,27 @@ def _add_demo(subparsers: Subparsers) -> None:
     parser.add_argument("--models", type=Path, metavar="DIR", help="default: the shipped weights")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.set_defaults(run=_later("apps.fraud.demo"))
+
+
+def _add_bench(subparsers: Subparsers) -> None:
+    bench = subparsers.add_parser("bench", help="measurements; rows in benchmarks/results")
+    subjects = bench.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
+    parser = subjects.add_parser("fraud", help="open-loop load through Kafka and the platform")
+    broker = parser.add_mutually_exclusive_group()
+    broker.add_argument("--embedded", action="store_true", help="the demo's broker, in memory")
+    broker.add_argument(
+        "--bootstrap-servers", metavar="HOST:PORT[,...]", help="default: starts Apache Kafka"
+    )
+    parser.add_argument("--kafka-config", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--rate", type=float, default=1500.0, metavar="TX_S")
+    parser.add_argument("--seconds", type=float, default=60.0, help="measured part")
+    parser.add_argument("--settle", type=float, default=10.0, help="seconds that are not measured")
+    parser.add_argument("--workers", type=int, default=1, metavar="N")
+    parser.add_argument("--models", type=Path, metavar="DIR", help="default: the shipped weights")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="where the time goes, by stage")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="default: benchmarks/results")
+    parser.set_defaults(run=_later("benchmarks.fraud"))
 
 
 def write_json(path: Path | None, figures: dict[str, object]) -> None:

@@ -95,22 +95,22 @@ class Verdicts(NamedTuple):
 def decide(
     policy: Policy,
     transactions: Sequence[Transaction],
-    context_BC: NDArray[np.floating[Any]],
-    outputs_BD: NDArray[np.floating[Any]],
+    context: NDArray[np.floating[Any]],
+    outputs: NDArray[np.floating[Any]],
 ) -> Verdicts:
     """Combine rules and model into one decision per transaction.
 
     Args:
         policy: Thresholds and rules.
         transactions: What is decided.
-        context_BC: Their context features [B, 24], for the rules.
-        outputs_BD: Model outputs [B, 28], finite.
+        context: Their context features [B, 24], for the rules.
+        outputs: Model outputs [B, 28], finite.
     """
-    logits = np.clip(outputs_BD[:, LOGIT_COLUMN].astype(np.float64), -_CLIP_LOGIT, _CLIP_LOGIT)
+    logits = np.clip(outputs[:, LOGIT_COLUMN].astype(np.float64), -_CLIP_LOGIT, _CLIP_LOGIT)
     scores = 1.0 / (1.0 + np.exp(-logits))
     codes = (scores >= policy.review_at).astype(np.int64) + (scores >= policy.block_at)
-    reasons = _model_reasons(policy, outputs_BD[:, FIRST_CONTRIBUTION:])
-    hits = [(rule, rule.hits(transactions, context_BC)) for rule in policy.rules]
+    reasons = _model_reasons(policy, outputs[:, FIRST_CONTRIBUTION:])
+    hits = [(rule, rule.hits(transactions, context)) for rule in policy.rules]
     for wanted in (REVIEW, APPROVE, BLOCK):  # rising strength
         code = DECISIONS.index(wanted)
         for rule, hit in hits:
@@ -122,10 +122,10 @@ def decide(
 
 
 def _model_reasons(
-    policy: Policy, contributions_BC: NDArray[np.floating[Any]]
+    policy: Policy, contributions: NDArray[np.floating[Any]]
 ) -> list[tuple[str, ...]]:
-    order = np.argsort(-contributions_BC, axis=1)[:, : policy.num_reasons]
-    largest = np.take_along_axis(contributions_BC, order, axis=1)
+    order = np.argsort(-contributions, axis=1)[:, : policy.num_reasons]
+    largest = np.take_along_axis(contributions, order, axis=1)
     counts = (largest > policy.min_contribution).sum(axis=1)
     names = policy.model_codes
     return [

@@ -133,9 +133,7 @@ class Delivery:
     def _repeat(self, transaction: Transaction, record: Record) -> tuple[Record, Outgoing]:
         value = self.ledger.decision_of(transaction.transaction_id)
         if value is None:
-            message = (
-                f"id {transaction.transaction_id!r} came before and its decision is not kept any more"
-            )
+            message = f"id {transaction.transaction_id!r} came before and its decision is not kept any more"
             return self._dead_letter(Rejection(record, "DuplicateOfUnknown", message))
         self.num_repeats += 1
         self.num_decisions += 1

@@ -115,9 +115,7 @@ def main(args: argparse.Namespace, load: "Load | None" = None) -> int:
         )
         plan = WorkerPlan(kafka, settings, load_policy(), default_schemas())
         with phases.measure("platform"):
-            stack.enter_context(
-                running_service(plan, args.workers, models=args.models, load=load)
-            )
+            stack.enter_context(running_service(plan, args.workers, models=args.models, load=load))
         offer = Offer(world.stream, args.rate, faults=_FAULTS)
         with phases.measure("stream"):
             watch_stream = stack.enter_context(closing(KafkaStream(kafka)))
@@ -165,7 +163,9 @@ def _print_summary(
 ) -> None:
     answers = outcome.answers
     p50, p99 = answers.quantiles_ms(after_ms=outcome.begin_ms)
-    by_decision = "  ".join(f"{name} {answers.by_decision[name]}" for name in (APPROVE, REVIEW, BLOCK))
+    by_decision = "  ".join(
+        f"{name} {answers.by_decision[name]}" for name in (APPROVE, REVIEW, BLOCK)
+    )
     by_error = "  ".join(f"{name} {count}" for name, count in sorted(answers.by_error.items()))
     caught = answers.num_caught(world.frauds)
     times = "  ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.seconds.items())

@@ -69,6 +69,13 @@ class Card:
             num_previous * self.squares[position] - previous * previous,
         )
 
+    def previous(self, position: int) -> list[tuple[int, int, int]]:
+        """Return each row from a position on, with the number n and sum S of those before it."""
+        return [
+            (self.rows[i], self.num_dropped + i, self.totals[i])
+            for i in range(position, len(self.rows))
+        ]
+
     def insert(self, position: int, row: int, time_ms: int, amount: int) -> None:
         """Put a row in its place."""
         self.rows.insert(position, row)

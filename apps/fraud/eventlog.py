@@ -35,6 +35,7 @@ class EventLog:
             np.zeros(num_rows, np.int32),
             np.zeros(num_rows, np.int32),
             np.zeros(num_rows, np.int8),
+            np.zeros(num_rows, np.float32),
         )
 
     def view(self) -> Events:
@@ -48,7 +49,7 @@ class EventLog:
         cards: Sequence[int],
         terminals: Sequence[int],
     ) -> None:
-        """Append rows without a label."""
+        """Append rows without a label and a ratio."""
         self._write(
             Events(
                 np.array(times, np.int64),
@@ -56,6 +57,7 @@ class EventLog:
                 np.array(cards, np.int32),
                 np.array(terminals, np.int32),
                 np.zeros(len(times), np.int8),
+                np.full(len(times), np.nan, np.float32),
             )
         )
 

@@ -10,6 +10,7 @@ and the label of row j only if time_j <= time_i - 7 days.
 Legend: B transactions, R rows of all histories, W the three windows (1, 7, 30 days).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple
@@ -27,7 +28,7 @@ WINDOWS_MS = tuple(days * DAY_MS for days in WINDOW_DAYS)
 LABEL_DELAY_MS = 7 * DAY_MS  # the handbook's delay until a fraud is known
 NUM_CARD_ROWS = 16
 NUM_TERMINAL_ROWS = 32
-NUM_ROW_COLUMNS = 6  # kind, age_s, amount, matured, fraud, same
+NUM_ROW_COLUMNS = 7  # kind, age_s, amount, matured, fraud, same, ratio
 KIND_EVENT, KIND_CARD, KIND_TERMINAL = 0, 1, 2
 UNDEFINED = -1  # for a gap or an age that no earlier row defines
 
@@ -94,13 +95,18 @@ class Aggregates(NamedTuple):
 
 
 class Events(NamedTuple):
-    """Columns of transactions, each [N]; label is 1 for a fraud, 0 for none or not known."""
+    """Columns of transactions, each [N].
+
+    Label is 1 for a fraud, 0 for none or not known.  Ratio is ``amount_ratio`` over the card's
+    previous rows, rounded to float32: NaN if undefined or not yet computed.
+    """
 
     time_ms: Ints
     amount: Ints
     card: NDArray[np.int32]
     terminal: NDArray[np.int32]
     label: NDArray[np.int8]
+    ratio: NDArray[np.float32]
 
     def take(self, rows: slice | NDArray[np.integer] | NDArray[np.bool_]) -> "Events":
         """Return the chosen rows; a slice makes no copy."""
@@ -110,6 +116,7 @@ class Events(NamedTuple):
             self.card[rows],
             self.terminal[rows],
             self.label[rows],
+            self.ratio[rows],
         )
 
 
@@ -119,8 +126,9 @@ class Features:
 
     Args:
         context: float64 [B, 24], columns ``CONTEXT_NAMES``, NaN where undefined.
-        history: float32 [R, 6]: kind, age_s, amount, matured, fraud, same.  Per transaction:
-            itself, up to 16 earlier rows of its card, up to 32 of its terminal, newest first.
+        history: float32 [R, 7]: kind, age_s, amount, matured, fraud, same, ratio.  Per
+            transaction: itself, up to 16 earlier rows of its card, up to 32 of its terminal,
+            newest first.  Ratio is C_RATIO_ALL of the row itself, for its own card.
         cu_seqlens: int32 [B+1], row offsets of the transactions in ``history``.
     """
 
@@ -136,10 +144,40 @@ class Features:
         return hashed.hexdigest()
 
 
+def join(parts: Sequence[Features]) -> Features:
+    """Return the features of all parts, in order; at least one part."""
+    if len(parts) == 1:
+        return parts[0]
+    lengths = np.concatenate([np.diff(part.cu_seqlens) for part in parts])
+    cu_seqlens = np.zeros(lengths.size + 1, np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    context = np.concatenate([part.context for part in parts])
+    return Features(context, np.concatenate([part.history for part in parts]), cu_seqlens)
+
+
 def _ratio(numerator: Floats | Ints, denominator: Floats | Ints, otherwise: float) -> Floats:
     out = np.full(numerator.shape, otherwise)
     np.divide(numerator, denominator, out=out, where=denominator > 0)
     return out
+
+
+def _mean(total: Ints, count: Ints, minor_units: int) -> Floats:
+    return _ratio(total, count, np.nan) / minor_units
+
+
+def amount_ratio(amount: Ints, count: Ints, total: Ints, minor_units: int) -> Floats:
+    """Return amounts over the mean of the previous amounts of their cards, [B].
+
+    Args:
+        amount: [B] minor units.
+        count: [B] previous rows of the card.
+        total: [B] their sum.
+        minor_units: Minor units of one currency unit.
+
+    Returns:
+        NaN where no previous row has an amount above 0.
+    """
+    return _ratio(amount / minor_units, _mean(total, count, minor_units), np.nan)
 
 
 def derive(aggregates: Aggregates, minor_units: int) -> Floats:
@@ -161,14 +199,14 @@ def derive(aggregates: Aggregates, minor_units: int) -> Floats:
     context[:, 15] = np.where(a.card_gap_ms < 0, np.nan, a.card_gap_ms / 1000)
     context[:, 16] = np.where(a.terminal_gap_ms < 0, np.nan, a.terminal_gap_ms / 1000)
     context[:, 17] = a.pair_seen
-    mean = _ratio(a.previous_total, a.previous_count, np.nan) / minor_units
-    context[:, 18] = _ratio(amount, mean, np.nan)
+    context[:, 18] = amount_ratio(a.amount, a.previous_count, a.previous_total, minor_units)
     context[:, 19] = _ratio(amount, context[:, 8], np.nan)
     previous_max = np.where(a.previous_count > 0, a.previous_max / minor_units, np.nan)
     context[:, 20] = previous_max
     context[:, 21] = _ratio(amount, previous_max, np.nan)
     num_pairs = a.previous_count * np.maximum(a.previous_count - 1, 0)
     deviation = np.sqrt(_ratio(a.spread, num_pairs, np.nan)) / minor_units
+    mean = _mean(a.previous_total, a.previous_count, minor_units)
     context[:, 22] = _ratio(amount - mean, deviation, np.nan)
     context[:, 23] = np.where(a.fraud_age_days < 0, np.nan, a.fraud_age_days)
     return context
@@ -181,7 +219,7 @@ def gather_history(
     cu_seqlens: NDArray[np.int32],
     minor_units: int,
 ) -> NDArray[np.float32]:
-    """Return the history rows of transactions, float32 [R, 6].
+    """Return the history rows of transactions, float32 [R, 7].
 
     Args:
         events: The columns that ``rows`` points into.
@@ -203,4 +241,5 @@ def gather_history(
     history[:, 3] = matured
     history[:, 4] = matured & (events.label[rows] == 1)
     history[:, 5] = same_card & same_terminal & (kinds != KIND_EVENT)
+    history[:, 6] = events.ratio[rows]
     return history

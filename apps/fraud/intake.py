@@ -14,10 +14,8 @@ from apps.fraud.recovery import Start
 from apps.fraud.rejection import Rejection
 from apps.fraud.settings import ServiceSettings
 from apps.fraud.stages import StageClock
-from apps.fraud.state import FeatureState
 from apps.fraud.stream import Record, Stream, TopicPartition
 from apps.fraud.transaction import DecodeError, Transaction, TransactionSchema
-
 
 _MAX_BUFFERED = 20_000  # records of one partition that wait for the others, before it is held
 _MAX_ADVANCE = 4096  # events per call of the state when few of them need an answer
@@ -67,7 +65,7 @@ class Intake:
         ledger: DecisionLedger,
         stages: StageClock,
     ) -> None:
-        self.state: FeatureState = start.state
+        self.state = start.state
         self.read = Progress(start.positions)
         self.answered = Progress(start.open_from)
         self._settings = settings
@@ -86,10 +84,12 @@ class Intake:
         )
         self._ready: deque[Arrival] = deque()
         self._released_at_ms = 0
+        self._poll_starts: deque[int] = deque(maxlen=2)
         self.num_inputs = 0
 
-    def poll(self, stream: Stream) -> Polled:
+    def poll(self, stream: Stream, now_ms: int) -> Polled:
         """Read what is there; blocks for a short time, and touches no state."""
+        self._poll_starts.append(now_ms)
         topic = self._settings.topics.transactions
         if any(tp.topic == self._labels for tp in self._behind):  # labels come first
             held = [tp for tp in self._partitions if tp.topic == topic]
@@ -157,7 +157,11 @@ class Intake:
         return True
 
     def _reject(
-        self, tp: TopicPartition, record: Record, wanted: bool, rejection: Rejection  # noqa: FBT001
+        self,
+        tp: TopicPartition,
+        record: Record,
+        wanted: bool,
+        rejection: Rejection,
     ) -> None:
         self.read.settle(tp, record.offset)
         if wanted:
@@ -178,7 +182,9 @@ class Intake:
                 if tp.topic != self._labels
             }
             with self._stages.measure("merge"):
-                self._ready.extend(self._merge.ready(now_ms, caught_up))
+                # what a poll returns was asked for no earlier than the poll before it began
+                as_of_ms = min(self._poll_starts, default=0)
+                self._ready.extend(self._merge.ready(as_of_ms, caught_up))
         while self._ready:
             yield self._next_step()
         if self._rejections:

@@ -59,7 +59,10 @@ class DecisionLedger:
 
 
 def recover_ledger(
-    stream: Stream, topics: Iterable[str], open_from: Mapping[TopicPartition, int], capacity: int = CAPACITY
+    stream: Stream,
+    topics: Iterable[str],
+    open_from: Mapping[TopicPartition, int],
+    capacity: int = CAPACITY,
 ) -> DecisionLedger:
     """Rebuild the ledger of some input partitions from the ends of the answer topics.
 

@@ -81,7 +81,9 @@ def encode_table(
     for k in range(faults.malformed):
         at = (k + 1) * len(messages) // (faults.malformed + 1)
         value = _MALFORMED[k % len(_MALFORMED)]
-        messages.append(Message(at, Outgoing(topics.transactions, k % num_partitions, None, value, [])))
+        messages.append(
+            Message(at, Outgoing(topics.transactions, k % num_partitions, None, value, []))
+        )
     for k in range(faults.duplicates):
         at = (k + 1) * len(transactions) // (faults.duplicates + 1)
         messages.append(Message(at + chosen.randrange(100), transactions[at]))
@@ -112,11 +114,18 @@ def _transactions(table: pd.DataFrame, topic: str, num_partitions: int) -> Itera
 def _labels(table: pd.DataFrame, topic: str, num_partitions: int) -> Iterator[Message]:
     due = table["time_ms"].searchsorted(table["time_ms"] + LABEL_LAG_MS)
     for k, (identifier, label, at) in enumerate(
-        zip(table["transaction_id"].tolist(), table[LABEL_COLUMN].tolist(), due.tolist(), strict=True)
+        zip(
+            table["transaction_id"].tolist(),
+            table[LABEL_COLUMN].tolist(),
+            due.tolist(),
+            strict=True,
+        )
     ):
         if at < len(table):
             value = f'{{"TRANSACTION_ID":{json.dumps(identifier)},"TX_FRAUD":{int(label)}}}'
-            yield Message(at, Outgoing(topic, k % num_partitions, None, value.encode(), []), is_label=True)
+            yield Message(
+                at, Outgoing(topic, k % num_partitions, None, value.encode(), []), is_label=True
+            )
 
 
 def send_on_schedule(stream: Stream, messages: Sequence[Message], rate_tx_s: float) -> Sent:
@@ -146,7 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bootstrap-servers", required=True)
     parser.add_argument("--kafka-config", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--table", type=Path, required=True, help="CSV or parquet, handbook columns")
+    parser.add_argument(
+        "--table", type=Path, required=True, help="CSV or parquet, handbook columns"
+    )
     parser.add_argument("--rate", type=float, required=True, help="transactions per second")
     parser.add_argument("--transactions-topic", default=Topics().transactions)
     parser.add_argument("--labels-topic", default=Topics().labels)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
-from apps.fraud.stream import Outgoing, TopicPartition
+from apps.fraud.stream import Ack, Outgoing, Record, TopicPartition
 from cluster.errors import ConfigurationError
 
 
@@ -38,7 +38,9 @@ class MemoryLog:
 
     def __init__(self, partitions: Mapping[str, int], now_ms: Callable[[], int]) -> None:
         self.records: dict[TopicPartition, list[MemoryRecord]] = {
-            TopicPartition(topic, p): [] for topic, count in partitions.items() for p in range(count)
+            TopicPartition(topic, p): []
+            for topic, count in partitions.items()
+            for p in range(count)
         }
         self.commits: dict[tuple[str, TopicPartition], int] = {}
         self.grown = threading.Condition()
@@ -80,6 +82,7 @@ class MemoryStream:
     _paused: frozenset[TopicPartition] = frozenset()
 
     def partitions(self, topic: str) -> list[int]:
+        """Return the partitions of a topic."""
         found = sorted(tp.partition for tp in self.log.records if tp.topic == topic)
         if not found:
             message = f"expected topic {topic!r}, the log has none of that name; create it"
@@ -87,11 +90,13 @@ class MemoryStream:
         return found
 
     def bounds(self, topic: str) -> dict[int, tuple[int, int]]:
+        """Return first and next offset of every partition."""
         return {
             p: (0, len(self.log.records[TopicPartition(topic, p)])) for p in self.partitions(topic)
         }
 
     def committed(self, topic: str) -> dict[int, int]:
+        """Return the group's committed offsets."""
         return {
             tp.partition: offset
             for (group, tp), offset in self.log.commits.items()
@@ -99,9 +104,11 @@ class MemoryStream:
         }
 
     def assign(self, positions: Mapping[TopicPartition, int]) -> None:
+        """Read these partitions from these offsets on."""
         self._positions = dict(positions)
 
-    def poll(self, timeout_s: float, max_records: int) -> list[Sequence[MemoryRecord]]:
+    def poll(self, timeout_s: float, max_records: int) -> list[Sequence[Record]]:
+        """Return new records, one run per partition, or nothing in time."""
         runs = self._take(max_records)
         if not runs and timeout_s > 0:
             with self.log.grown:
@@ -109,8 +116,8 @@ class MemoryStream:
             runs = self._take(max_records)
         return runs
 
-    def _take(self, max_records: int) -> list[Sequence[MemoryRecord]]:
-        runs: list[Sequence[MemoryRecord]] = []
+    def _take(self, max_records: int) -> list[Sequence[Record]]:
+        runs: list[Sequence[Record]] = []
         share = max(1, max_records // max(1, len(self._positions)))
         for tp, position in self._positions.items():
             if tp in self._paused:
@@ -122,19 +129,24 @@ class MemoryStream:
         return runs
 
     def has_more(self, partition: TopicPartition) -> bool:
+        """Tell whether the log is known to hold records behind the position."""
         return self._positions[partition] < len(self.log.records[partition])
 
     def pause(self, partitions: Sequence[TopicPartition]) -> None:
+        """Hold exactly these partitions back."""
         self._paused = frozenset(partitions)
 
     def commit(self, positions: Mapping[TopicPartition, int]) -> None:
+        """Store next offsets for the group, without waiting."""
         for tp, offset in positions.items():
             self.log.commits[self.group, tp] = offset
 
-    def send(self, message: Outgoing) -> MemoryAck:
+    def send(self, message: Outgoing) -> Ack:
+        """Append a message."""
         return self.log.append(message)
 
     def tail(self, topic: str, first: Mapping[int, int]) -> Iterator[MemoryRecord]:
+        """Yield the records of a topic from these offsets to the present end."""
         for partition, offset in first.items():
             yield from self.log.records[TopicPartition(topic, partition)][offset:]
 

@@ -32,6 +32,7 @@ from apps.fraud.features import (
     Features,
     Floats,
     Ints,
+    amount_ratio,
     derive,
     gather_history,
 )
@@ -77,6 +78,15 @@ class Sequences:
         """Return the time since the entity's previous row, UNDEFINED for its first, [N]."""
         previous = self._past[self.rows[np.maximum(self.position - 1, 0)]]
         return np.where(self.position > self.start, self._past - previous, UNDEFINED)
+
+    def previous_count(self) -> Ints:
+        """Return the number of previous rows of the entity, [N]."""
+        return self.position - self.start
+
+    def previous_total(self, sums: Ints) -> Ints:
+        """Return the sum over the entity's previous rows, from running sums by position, [N]."""
+        total: Ints = sums[self.position] - sums[self.start]
+        return total
 
     def running_max(self, amounts: Ints) -> Ints:
         """Return the maximum over the entity's previous rows, 0 for its first, [N]."""
@@ -138,8 +148,7 @@ def _aggregates(events: Events, order: Ints) -> Aggregates:
     known = terminals.after(LABEL_DELAY_MS)
     delayed = [terminals.after(LABEL_DELAY_MS + window) for window in WINDOWS_MS]
     known_from = np.stack(delayed, axis=1)
-    previous_count = cards.position - cards.start
-    previous_total = totals[cards.position] - totals[cards.start]
+    previous_count, previous_total = cards.previous_count(), cards.previous_total(totals)
     return Aggregates(
         time_ms=events.time_ms,
         amount=events.amount,
@@ -158,6 +167,13 @@ def _aggregates(events: Events, order: Ints) -> Aggregates:
     )
 
 
+def with_ratios(events: Events, cards: Sequences, minor_units: int) -> Events:
+    """Return the same events with their ratios."""
+    total = cards.previous_total(_running_sum(events.amount[cards.rows]))
+    ratio = amount_ratio(events.amount, cards.previous_count(), total, minor_units)
+    return events._replace(ratio=ratio.astype(np.float32))
+
+
 def offline_context(table: pd.DataFrame, minor_units: int = 100) -> Floats:
     """Return the context features of every row of a canonical table, float64 [N, 24].
 
@@ -172,11 +188,12 @@ class HistoryIndex:
     """Finds the history rows of any rows of a canonical table."""
 
     def __init__(self, table: pd.DataFrame, minor_units: int = 100) -> None:
-        self._events, _, _ = event_columns(table)
+        events, _, _ = event_columns(table)
         self._minor_units = minor_units
-        order = np.lexsort((id_ranks(table), self._events.time_ms))
-        self._cards = Sequences(self._events.card, self._events.time_ms, order)
-        self._terminals = Sequences(self._events.terminal, self._events.time_ms, order)
+        order = np.lexsort((id_ranks(table), events.time_ms))
+        self._cards = Sequences(events.card, events.time_ms, order)
+        self._terminals = Sequences(events.terminal, events.time_ms, order)
+        self._events = with_ratios(events, self._cards, minor_units)
 
     def features(self, row_indices: Ints, context: Floats) -> Features:
         """Return the features of the chosen rows.

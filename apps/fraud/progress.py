@@ -32,9 +32,7 @@ class Progress:
 
     def positions(self) -> dict[TopicPartition, int]:
         """Return the first offset of each partition that is not settled yet."""
-        return {
-            tp: next(iter(waiting), self._next[tp]) for tp, waiting in self._open.items()
-        }
+        return {tp: next(iter(waiting), self._next[tp]) for tp, waiting in self._open.items()}
 
     def moved(self) -> dict[TopicPartition, int]:
         """Return the positions that changed since the last call."""

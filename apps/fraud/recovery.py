@@ -56,9 +56,10 @@ def write_snapshot(directory: Path, snapshot: Snapshot, sequence: int) -> Path:
         "owned": sorted(snapshot.owned),  # NamedTuples are JSON arrays
         "positions": [[*tp, offset] for tp, offset in snapshot.positions.items()],
     }
-    arrays = {_PREFIX + name: array for name, array in snapshot.arrays.items()}
+    arrays: dict[str, Any] = {_PREFIX + name: array for name, array in snapshot.arrays.items()}
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     with partial.open("wb") as file:
-        np.savez(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
+        np.savez(file, **arrays)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -61,9 +61,7 @@ def replay(
     return Replayed(len(acks), truncated)
 
 
-def _values(
-    records: Iterator[Record], *, payloads: bool
-) -> Iterator[tuple[bytes | None, Record]]:
+def _values(records: Iterator[Record], *, payloads: bool) -> Iterator[tuple[bytes | None, Record]]:
     for record in records:
         if not payloads:
             yield record.value or b"", record

@@ -3,7 +3,8 @@
 A row is kept while it may still be counted or shown: for 38 days of event time before the
 newest row (30 days of window, 7 of label delay, 1 of lateness), and beyond that as one of the
 last 16 of its card or the last 32 of its terminal.  What is dropped lives on as five integers
-per card and the last fraud per terminal.
+per card and the last fraud per terminal.  A kept row keeps its ratio: among the rows of its card
+a dropped one may be before it or, if its terminal kept it, after it.
 
 Legend: N rows, C cards, T terminals.
 """

@@ -84,7 +84,9 @@ class FraudService:
     def _recover(self) -> tuple[Intake, Delivery]:
         settings, topics = self.settings, self.settings.topics
         log = _view(self.stream, settings)
-        start = find_start(settings.worker_dir, log, partial(_fresh_state, settings, self.schemas.transactions))
+        start = find_start(
+            settings.worker_dir, log, partial(_fresh_state, settings, self.schemas.transactions)
+        )
         ledger = recover_ledger(
             self.stream,
             (topics.decisions, topics.dead_letters),
@@ -116,7 +118,7 @@ class FraudService:
         snapshot_at_s = loop.time() + self.settings.snapshot_period_s
         while not self._stopping:
             with self.stages.measure("poll"):
-                polled = await loop.run_in_executor(thread, intake.poll, self.stream)
+                polled = await loop.run_in_executor(thread, intake.poll, self.stream, self.now_ms())
             intake.take(polled)
             for step in intake.steps(self.now_ms()):
                 self._ask(step)
@@ -132,7 +134,9 @@ class FraudService:
         if step.features is not None:
             self._num_requests += 1
             first = step.records[0]
-            request_id = f"fraud-{self.settings.index}-{first.partition}-{first.offset}-{self._num_requests}"
+            request_id = (
+                f"fraud-{self.settings.index}-{first.partition}-{first.offset}-{self._num_requests}"
+            )
             step.scores = asyncio.create_task(self.scorer.score(step.features, request_id))
 
     def _cut(self, intake: Intake) -> Snapshot:

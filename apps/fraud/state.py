@@ -16,6 +16,8 @@ Not thread-safe.  Knows no clock and no Kafka.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,8 +27,9 @@ from numpy.typing import NDArray
 from apps.fraud.draft import Draft
 from apps.fraud.entities import Card, Terminal, find_place, load_cards, load_terminals
 from apps.fraud.eventlog import EventLog
-from apps.fraud.features import Events, Features
+from apps.fraud.features import Events, Features, amount_ratio, join
 from apps.fraud.labels import Label
+from apps.fraud.offline import Sequences, with_ratios
 from apps.fraud.retention import NO_FRAUD, PEAK, Memory
 from apps.fraud.table import event_columns
 from apps.fraud.transaction import Transaction, TransactionId
@@ -59,7 +62,8 @@ class FeatureState:
     def newest_ms(self) -> int:
         """The latest event time so far, 0 if none.
 
-        A transaction more than ``MAX_LATENESS_MS`` older may get thinned-out windows.
+        A transaction more than ``MAX_LATENESS_MS`` older may get thinned-out windows; one more than
+        ``RETENTION_MS`` older may be placed behind dropped rows that are later than itself.
         """
         return int(self._log.view().time_ms.max(initial=0))
 
@@ -87,18 +91,10 @@ class FeatureState:
             ValueError: An id was seen before, or the lengths differ; nothing is changed then.
         """
         self._check_new(transactions, owned)
-        first = self._log.size
-        cards = [_number(self._card_numbers, self._cards, t.card, Card) for t in transactions]
-        terminals = [
-            _number(self._terminal_numbers, self._terminals, t.terminal, Terminal)
-            for t in transactions
-        ]
-        self._append(transactions, cards, terminals)
-        draft = Draft()
-        for index, transaction in enumerate(transactions):
-            answered = draft if owned[index] else None
-            self._take(transaction, first + index, cards[index], terminals[index], answered)
-        features = draft.features(self._log.columns, self._minor_units)
+        keys = [(t.time_ms, t.transaction_id) for t in transactions]
+        late = [i for i, (key, after) in enumerate(pairwise(keys), 1) if after < key]
+        runs = [slice(*ends) for ends in pairwise((0, *late, len(keys)))]
+        features = join([self._advance(transactions[run], owned[run]) for run in runs])
         if self._log.size >= self._compact_at:
             self.compact()
         return features
@@ -155,6 +151,9 @@ class FeatureState:
             np.zeros((len(card_names), PEAK + 1), np.int64),
             np.full(len(terminal_names), NO_FRAUD, np.int64),
         ).in_order()
+        in_order = np.arange(memory.ids.size)
+        by_card = Sequences(memory.events.card, memory.events.time_ms, in_order)
+        memory = replace(memory, events=with_ratios(memory.events, by_card, minor_units))
         pair = memory.events.card.astype(np.int64) << _PAIR_BITS | memory.events.terminal
         pairs, first = np.unique(pair, return_index=True)
         first_ms = memory.events.time_ms[first].tolist()
@@ -171,6 +170,29 @@ class FeatureState:
             repeated = [i for i in ids if i in self._row_of or ids.count(i) > 1]
             message = f"expected new transaction ids, got {repeated[:3]!r} again"
             raise ValueError(message)
+
+    def _advance(self, transactions: Sequence[Transaction], owned: Sequence[bool]) -> Features:
+        """Take in transactions of rising (time, id).
+
+        A late one changes the ratios of rows after it, which no transaction before it shows; so
+        all answers may wait for the last transaction.
+        """
+        first = self._log.size
+        cards = [_number(self._card_numbers, self._cards, t.card, Card) for t in transactions]
+        terminals = [
+            _number(self._terminal_numbers, self._terminals, t.terminal, Terminal)
+            for t in transactions
+        ]
+        self._append(transactions, cards, terminals)
+        draft = Draft()
+        moved: list[tuple[int, int, int]] = []
+        for index, transaction in enumerate(transactions):
+            answered = draft if owned[index] else None
+            row, card_idx = first + index, cards[index]
+            at_card = self._take(transaction, row, card_idx, terminals[index], answered)
+            moved += self._cards[card_idx].previous(at_card)
+        self._set_ratios(moved)
+        return draft.features(self._log.columns, self._minor_units)
 
     def _append(
         self, transactions: Sequence[Transaction], cards: list[int], terminals: list[int]
@@ -189,7 +211,8 @@ class FeatureState:
         card_idx: int,
         terminal_idx: int,
         draft: Draft | None,
-    ) -> None:
+    ) -> int:
+        """Put a transaction in its places; return the one among the rows of its card."""
         time_ms, amount = transaction.time_ms, transaction.amount_minor
         card, terminal = self._cards[card_idx], self._terminals[terminal_idx]
         identifier = transaction.transaction_id
@@ -205,6 +228,13 @@ class FeatureState:
             self._first_ms[pair] = time_ms
         if self._pending and self._pending.pop(identifier, False):
             self._set_label(row, is_fraud=True)
+        return at_card
+
+    def _set_ratios(self, previous: list[tuple[int, int, int]]) -> None:
+        """Set the ratios of rows; of a row named twice the last entry counts."""
+        rows, counts, totals = np.array(previous, np.int64).reshape(-1, 3).T
+        amounts = self._log.columns.amount[rows]
+        self._log.columns.ratio[rows] = amount_ratio(amounts, counts, totals, self._minor_units)
 
     def _pair_seen(self, pair: int, card: Card, at_card: int, time_ms: int) -> bool:
         first_ms = self._first_ms.get(pair)

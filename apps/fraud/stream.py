@@ -20,22 +20,33 @@ class Record(Protocol):
     """A message as it was read; kafka-python's ``ConsumerRecord`` is one."""
 
     @property
-    def topic(self) -> str: ...
+    def topic(self) -> str:
+        """Its topic."""
+
     @property
-    def partition(self) -> int: ...
+    def partition(self) -> int:
+        """Its partition."""
+
     @property
-    def offset(self) -> int: ...
+    def offset(self) -> int:
+        """Its offset."""
+
     @property
     def timestamp(self) -> int:
         """Milliseconds since the epoch, by the broker or by the sender."""
         ...
 
     @property
-    def key(self) -> bytes | None: ...
+    def key(self) -> bytes | None:
+        """Its key, if any."""
+
     @property
-    def value(self) -> bytes | None: ...
+    def value(self) -> bytes | None:
+        """Its value, if any."""
+
     @property
-    def headers(self) -> Sequence[tuple[str, bytes]]: ...
+    def headers(self) -> Sequence[tuple[str, bytes]]:
+        """Its headers."""
 
 
 class Outgoing(NamedTuple):
@@ -52,9 +63,12 @@ class Ack(Protocol):
     """The broker's word on one sent message; kafka-python's future is one."""
 
     @property
-    def is_done(self) -> bool: ...
+    def is_done(self) -> bool:
+        """Whether the broker has answered."""
+
     @property
-    def exception(self) -> BaseException | None: ...
+    def exception(self) -> BaseException | None:
+        """Why it failed, if it did."""
 
 
 class Stream(Protocol):

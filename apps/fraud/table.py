@@ -89,7 +89,10 @@ def id_ranks(table: pd.DataFrame) -> Ints:
 
 
 def event_columns(table: pd.DataFrame) -> tuple[Events, list[str], list[str]]:
-    """Return a canonical table as numbers, and the names behind card and terminal numbers."""
+    """Return a canonical table as numbers, and the names behind card and terminal numbers.
+
+    The ratios are left to ``apps.fraud.offline.with_ratios``.
+    """
     card, cards = pd.factorize(table["card"])
     terminal, terminals = pd.factorize(table["terminal"])
     label = np.zeros(len(table), np.int8)
@@ -101,6 +104,7 @@ def event_columns(table: pd.DataFrame) -> tuple[Events, list[str], list[str]]:
         card.astype(np.int32),
         terminal.astype(np.int32),
         label,
+        np.full(len(table), np.nan, np.float32),
     )
     return events, [str(name) for name in cards], [str(name) for name in terminals]
 

@@ -20,7 +20,7 @@ from kafka.consumer.fetcher import ConsumerRecord
 from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata
 
-from apps.fraud.stream import Ack, Outgoing, TopicPartition
+from apps.fraud.stream import Ack, Outgoing, Record, TopicPartition
 from cluster.errors import ConfigurationError
 
 _CONSUMER: Mapping[str, Any] = {
@@ -161,6 +161,7 @@ class KafkaStream:
         self._committed_at_s = 0.0
 
     def partitions(self, topic: str) -> list[int]:
+        """Return the partitions of a topic."""
         found = sorted(self._consumer.partitions_for_topic(topic))
         if not found:
             message = (
@@ -171,6 +172,7 @@ class KafkaStream:
         return found
 
     def bounds(self, topic: str) -> dict[int, tuple[int, int]]:
+        """Return first and next offset of every partition."""
         partitions = [KafkaPartition(topic, p) for p in self.partitions(topic)]
         first = self._consumer.beginning_offsets(partitions)
         after = self._ends(self._consumer.end_offsets(partitions))
@@ -195,18 +197,21 @@ class KafkaStream:
         return ends
 
     def committed(self, topic: str) -> dict[int, int]:
+        """Return the group's committed offsets."""
         offsets = {
             p: self._consumer.committed(KafkaPartition(topic, p)) for p in self.partitions(topic)
         }
         return {p: offset for p, offset in offsets.items() if offset is not None}
 
     def assign(self, positions: Mapping[TopicPartition, int]) -> None:
+        """Read these partitions from these offsets on."""
         self._consumer.assign([KafkaPartition(*tp) for tp in positions])
         for tp, offset in positions.items():
             self._consumer.seek(KafkaPartition(*tp), offset)
         self._positions = dict(positions)
 
-    def poll(self, timeout_s: float, max_records: int) -> list[Sequence[ConsumerRecord]]:
+    def poll(self, timeout_s: float, max_records: int) -> list[Sequence[Record]]:
+        """Return new records, one run per partition, or nothing in time."""
         self._send_commits()
         runs = self._consumer.poll(timeout_ms=1000 * timeout_s, max_records=max_records)
         for tp, run in runs.items():
@@ -214,6 +219,7 @@ class KafkaStream:
         return list(runs.values())
 
     def has_more(self, partition: TopicPartition) -> bool:
+        """Tell whether the log is known to hold records behind the position."""
         highwater = self._consumer.highwater(KafkaPartition(*partition))
         if highwater is None or self._positions[partition] < highwater:
             # behind, not fetched yet, or only transaction markers are left
@@ -223,6 +229,7 @@ class KafkaStream:
         return highwater is None or self._positions[partition] < highwater
 
     def pause(self, partitions: Sequence[TopicPartition]) -> None:
+        """Hold exactly these partitions back."""
         wanted = frozenset(partitions)
         if wanted != self._paused:
             self._consumer.resume(*(KafkaPartition(*tp) for tp in self._paused - wanted))
@@ -230,6 +237,7 @@ class KafkaStream:
             self._paused = wanted
 
     def commit(self, positions: Mapping[TopicPartition, int]) -> None:
+        """Store next offsets for the group, without waiting."""
         with self._lock:
             self._to_commit.update(positions)
 
@@ -251,12 +259,14 @@ class KafkaStream:
         self._consumer.commit_async(_kafka_offsets(offsets), callback=answered)
 
     def send(self, message: Outgoing) -> Ack:
+        """Append a message."""
         ack: Ack = self._producer.send(
             message.topic, message.value, message.key, message.headers, message.partition
         )
         return ack
 
     def tail(self, topic: str, first: Mapping[int, int]) -> Iterator[ConsumerRecord]:
+        """Yield the records of a topic from these offsets to the present end."""
         ends = {p: after for p, (_, after) in self.bounds(topic).items()}
         left = {KafkaPartition(topic, p) for p, offset in first.items() if offset < ends[p]}
         if not left:
@@ -274,6 +284,7 @@ class KafkaStream:
             reader.close(autocommit=False)
 
     def close(self) -> None:
+        """Send what is buffered, wait for commits, and leave."""
         self._producer.close(timeout=_CLOSE_S)
         deadline_s = time.monotonic() + _CLOSE_S
         while self._committing and time.monotonic() < deadline_s:

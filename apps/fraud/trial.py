@@ -56,6 +56,7 @@ class Outcome(NamedTuple):
 
     @property
     def num_answers(self) -> int:
+        """Decisions and dead letters that were read."""
         return self.answers.num_decisions + self.answers.num_dead_letters
 
     @property

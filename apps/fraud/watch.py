@@ -37,10 +37,12 @@ class Answers:
 
     @property
     def num_decisions(self) -> int:
+        """Decisions that were read."""
         return self.by_decision.total()
 
     @property
     def num_dead_letters(self) -> int:
+        """Dead letters of transactions that were read."""
         return self.by_error.total()
 
     def quantiles_ms(self, *, after_ms: int = 0, last: int | None = None) -> tuple[float, float]:
@@ -80,9 +82,7 @@ class Watch:
         """Take in what has come; return the number of answers."""
         runs = self._stream.poll(timeout_s, _MAX_RECORDS)
         for run in runs:
-            take = (
-                self._decision if run[0].topic == self._topics.decisions else self._dead_letter
-            )
+            take = self._decision if run[0].topic == self._topics.decisions else self._dead_letter
             for record in run:
                 take(record)
         return sum(map(len, runs))

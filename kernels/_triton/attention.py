@@ -21,6 +21,7 @@ from kernels.attention import AttentionPattern
 BLOCK_Q = 64
 BLOCK_K = 64
 MIN_BLOCK_D = 16  # smallest dimension of a matrix product
+WIDE_ROW_BYTES = 256  # beyond a 16 bit head of 128, 4 warps and 64 keys spill (sm_90 compile test)
 LOG2_E = math.log2(math.e)
 
 
@@ -153,6 +154,7 @@ def launch(
         return out_THd
     num_sequences = cu_seqlens.numel() - 1
     block_d = max(MIN_BLOCK_D, triton.next_power_of_2(width))
+    is_wide = block_d * q_THd.element_size() > WIDE_ROW_BYTES
     _attention_kernel[(triton.cdiv(num_rows, BLOCK_Q), num_heads)](
         q_THd,
         k_THd,
@@ -171,9 +173,9 @@ def launch(
         HALF=-1 if pattern.window is None else pattern.window // 2,
         NUM_GLOBAL=pattern.num_global,
         BLOCK_Q=BLOCK_Q,
-        BLOCK_K=BLOCK_K,
+        BLOCK_K=BLOCK_K // 2 if is_wide else BLOCK_K,
         BLOCK_D=block_d,
-        num_warps=4,
+        num_warps=8 if is_wide else 4,
         num_stages=2,
     )
     return out_THd

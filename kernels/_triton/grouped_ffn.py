@@ -70,7 +70,8 @@ def _grouped_product(x_RK: Tensor, weight: Tensor, routing: Routing, *, gated: b
     num_rows, inner = x_RK.shape
     width = weight.shape[1] // (2 if gated else 1)
     out_RN = torch.empty(num_rows, width, dtype=x_RK.dtype, device=x_RK.device)
-    block_n = max(MIN_BLOCK, min(MAX_BLOCK_N, triton.next_power_of_2(width)))
+    max_block_n = MAX_BLOCK_N * 2 // x_RK.element_size()  # float32 takes three products
+    block_n = max(MIN_BLOCK, min(max_block_n, triton.next_power_of_2(width)))
     block_k = max(MIN_BLOCK, min(MAX_BLOCK_K, triton.next_power_of_2(inner)))
     _grouped_product_kernel[(routing.tile_expert_M.numel(), triton.cdiv(width, block_n))](
         x_RK,

@@ -1,18 +1,23 @@
 """A small but real model over two tasks, and requests for it."""
 
+import socket
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
+from cluster import platform
 from cluster.loading import LoadedModel
 from cluster.schemas import InferRequest, ServiceClass
 from cluster.step import StepRunner
 from core_model.model import StepOutput
 from core_model.packing import RaggedBatch, concat_cu_seqlens, segment_ids
 from core_model.tasks import ExtraSpec, TaskSpec
-from torch import Tensor, nn
 
 NUM_EXPERTS = 4
 NUM_LAYERS = 2
@@ -118,20 +123,16 @@ def make_request() -> MakeRequest:
 @pytest.fixture(scope="session")
 def platform_url() -> Iterator[str]:
     """One local platform for all Ray tests: the tiny model behind Serve, with an HTTP door."""
-    import socket
-    import sys
-
-    from cluster import platform
-
     with socket.socket() as probe:
-        platform.prepare_environment()
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-        probe.close()
+    platform.prepare_environment()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own imports warn
         from ray import cloudpickle
 
         cloudpickle.register_pickle_by_value(sys.modules[TinyModel.__module__])
         running = platform.start(platform.PlatformConfig(port=port), load=load_tiny)
-        assert running.url is not None
-        yield running.url
-        running.stop()
+    assert running.url is not None
+    yield running.url
+    running.stop()

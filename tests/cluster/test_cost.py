@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from cluster.cost import PRIOR_STEP_MS, CostModel
 
 

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from cluster.cost import CostModel
 from cluster.errors import DeadlineExceededError, QueueFullError, UnavailableError
 from cluster.scheduler import Job, Limits, Scheduler, Step
 from cluster.schemas import InferRequest, InferResponse, ServiceClass
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 TOKEN_MS = 0.1
 STEP_MS = 1.0

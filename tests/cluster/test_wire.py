@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cluster import wire
-from cluster.errors import InvalidRequestError
-from cluster.schemas import InferRequest, InferResponse, ServiceClass, Timings
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
+from cluster import wire
+from cluster.errors import InvalidRequestError
+from cluster.schemas import InferRequest, InferResponse, ServiceClass, Timings
 
 FLOATS = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
@@ -30,7 +31,9 @@ def requests(draw: st.DrawFn) -> InferRequest:
         extras={
             name: draw(hnp.arrays(dtype, (len(lengths), 2), elements=st.integers(0, 100)))
             for name, dtype in draw(
-                st.dictionaries(st.text(max_size=5), st.sampled_from(sorted(wire.DTYPES)))
+                st.dictionaries(
+                    st.text(max_size=5), st.sampled_from(sorted(wire.DTYPES)), max_size=3
+                )
             ).items()
         },
         service_class=draw(st.sampled_from(list(ServiceClass))),
@@ -105,7 +108,9 @@ def test_random_bytes_are_refused(data: bytes) -> None:
 
 @settings(max_examples=200)
 @given(requests(), st.data())
-def test_any_changed_cut_or_longer_message_is_refused(request: InferRequest, data: Any) -> None:
+def test_any_changed_cut_or_longer_message_is_refused(
+    request: InferRequest, data: st.DataObject
+) -> None:
     message = bytearray(wire.encode_request(request))
     position = data.draw(st.integers(0, len(message) - 1))
     change = data.draw(st.sampled_from(["flip", "cut", "grow"]))
@@ -150,7 +155,7 @@ FIELDS = ["request_id", "tenant", "task", "service_class", "deadline_ms", "model
     st.binary(max_size=16),
 )
 def test_intact_message_with_any_wrong_header_is_refused(
-    fields: dict[str, Any], arrays: Any, body: bytes
+    fields: dict[str, Any], arrays: object, body: bytes
 ) -> None:
     fields.setdefault("unknown", 1)
     refused(sealed({"fields": fields, "arrays": arrays}, body))

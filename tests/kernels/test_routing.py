@@ -148,7 +148,7 @@ def test_weights_survive_scores_that_underflow(
 def test_gradient_of_the_weights(impl: Impl) -> None:
     logits_TE = torch.randn(5, 6, requires_grad=True)
     routing = route(logits_TE, torch.zeros(6), 2, impl=impl)
-    routing.weights_TK[:, 0].sum().backward()  # type: ignore[no-untyped-call]
+    routing.weights_TK[:, 0].sum().backward()
     scores = logits_TE.detach().sigmoid()
     first, second = (scores.gather(1, routing.experts_TK[:, k : k + 1].long()) for k in (0, 1))
     expected = second / (first + second).square() * first * (1.0 - first)

@@ -41,7 +41,7 @@ def context(count: int = 3) -> np.ndarray:
     return np.ones((count, NUM_CONTEXT))
 
 
-def test_thresholds_split_scores_into_approve_review_block():
+def test_thresholds_split_scores_into_approve_review_block() -> None:
     """The score is the sigmoid of the logit; thresholds belong to the stricter side."""
     verdicts = decide(policy(), transactions(), context(), outputs(*LOGITS))
     assert verdicts.codes.tolist() == [0, 1, 2]
@@ -50,7 +50,7 @@ def test_thresholds_split_scores_into_approve_review_block():
     assert decide(exactly, transactions(1), context(1), outputs(0.0)).codes.tolist() == [2]
 
 
-def test_largest_positive_contributions_are_the_reasons():
+def test_largest_positive_contributions_are_the_reasons() -> None:
     """Small and negative contributions are not named; the largest comes first."""
     out = outputs(0.0)
     out[0, FIRST_CONTRIBUTION : FIRST_CONTRIBUTION + 4] = [0.2, -3.0, 0.9, 0.05]
@@ -58,10 +58,12 @@ def test_largest_positive_contributions_are_the_reasons():
     assert reasons == [(f"MODEL_{CONTEXT_NAMES[2]}", f"MODEL_{CONTEXT_NAMES[0]}")]
 
 
-def test_block_rule_beats_allow_list_beats_review_and_model():
+def test_block_rule_beats_allow_list_beats_review_and_model() -> None:
     """The order of strength does not depend on the order of the rules."""
     deny = Rule("DENIED", "block", field="card", members=frozenset({"card0"}))
-    allow = Rule("ALLOWED", "approve", field="terminal", members=frozenset({"terminal0", "terminal2"}))
+    allow = Rule(
+        "ALLOWED", "approve", field="terminal", members=frozenset({"terminal0", "terminal2"})
+    )
     limit = Rule("LIMIT", "review", feature="TX_AMOUNT", at_least=1.0)
     verdicts = decide(policy(deny, allow, limit), transactions(), context(), outputs(*LOGITS))
     assert verdicts.codes.tolist() == [2, 1, 0]
@@ -69,21 +71,21 @@ def test_block_rule_beats_allow_list_beats_review_and_model():
     assert verdicts.reasons[1] == ("LIMIT",)
 
 
-def test_review_rule_never_weakens_a_block():
+def test_review_rule_never_weakens_a_block() -> None:
     """A hit raises an approval to review and leaves a block alone."""
     limit = Rule("LIMIT", "review", feature="TX_AMOUNT", at_least=1.0)
     verdicts = decide(policy(limit), transactions(), context(), outputs(*LOGITS))
     assert verdicts.codes.tolist() == [1, 1, 2]
 
 
-def test_undefined_feature_meets_no_rule():
+def test_undefined_feature_meets_no_rule() -> None:
     """NaN is neither above nor below a limit."""
     gap = Rule("GAP", "block", feature="C_GAP", at_most=60.0)
     undefined = np.full((1, NUM_CONTEXT), np.nan)
     assert decide(policy(gap), transactions(1), undefined, outputs(-4.0)).codes.tolist() == [0]
 
 
-def test_encoded_decision_is_the_documented_json():
+def test_encoded_decision_is_the_documented_json() -> None:
     """Every field of the contract, ids and names escaped."""
     record = MemoryRecord('to"pic', 3, 17, 1234, b"k", b"v", [])
     given = [Transaction('i"d', 99, "card", "terminal", 100)]
@@ -103,7 +105,7 @@ def test_encoded_decision_is_the_documented_json():
     }
 
 
-def test_shipped_policy_loads_and_names_its_version():
+def test_shipped_policy_loads_and_names_its_version() -> None:
     """The default needs no file."""
     shipped = load_policy()
     assert shipped.version
@@ -116,11 +118,10 @@ def test_shipped_policy_loads_and_names_its_version():
         "{",
         '{"version": "1"}',
         '{"version": "1", "review_at": 0.9, "block_at": 0.1, "num_reasons": 1, "min_contribution": 0}',
-        '{"version": "1", "review_at": 0.1, "block_at": 0.9, "num_reasons": 1, "min_contribution": 0,'
-        ' "surprise": 1}',
+        '{"version": "1", "review_at": 0.1, "block_at": 0.9, "num_reasons": 1, "surprise": 1}',
     ],
 )
-def test_bad_policy_is_one_clear_error(tmp_path: Path, text: str):
+def test_bad_policy_is_one_clear_error(tmp_path: Path, text: str) -> None:
     """Broken JSON, missing keys, contradicting thresholds, unknown keys."""
     path = tmp_path / "policy.json"
     path.write_text(text)
@@ -140,7 +141,7 @@ def test_bad_policy_is_one_clear_error(tmp_path: Path, text: str):
         {"code": "A", "then": "review", "feature": "TX_AMOUNT", "above": 3},
     ],
 )
-def test_bad_rule_is_one_clear_error(entry: dict[str, object]):
+def test_bad_rule_is_one_clear_error(entry: dict[str, object]) -> None:
     """A rule that cannot be meant is refused where it is read."""
     with pytest.raises(ConfigurationError, match="rule"):
         parse_rule(entry)

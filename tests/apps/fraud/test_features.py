@@ -5,12 +5,17 @@ from apps.fraud.features import (
     CONTEXT_NAMES,
     DAY_MS,
     HOUR_MS,
+    NUM_CARD_ROWS,
+    NUM_CONTEXT,
     NUM_ROW_COLUMNS,
+    NUM_TERMINAL_ROWS,
     Aggregates,
     Features,
     Ints,
+    amount_ratio,
     derive,
 )
+from core_model import builtin_tasks
 
 NOW_MS = 17_622 * DAY_MS  # 2018-04-01, a Sunday
 
@@ -53,6 +58,19 @@ def test_names_are_the_handbooks_and_the_online_ones() -> None:
         "TERMINAL_ID_NB_TX_30DAY_WINDOW",
         "TERMINAL_ID_RISK_30DAY_WINDOW",
     )
+
+
+def test_widths_are_those_the_model_is_built_for() -> None:
+    assert len(CONTEXT_NAMES) == NUM_CONTEXT == builtin_tasks.NUM_CONTEXT
+    assert NUM_ROW_COLUMNS == builtin_tasks.NUM_ROW_COLUMNS
+    assert NUM_CARD_ROWS == builtin_tasks.NUM_CARD_ROWS
+    assert NUM_TERMINAL_ROWS == builtin_tasks.NUM_TERMINAL_ROWS
+
+
+def test_a_ratio_needs_an_earlier_amount() -> None:
+    amounts, counts, totals = np.array([[900, 900, 900, 0], [0, 2, 2, 2], [0, 0, 1200, 1200]])
+    ratios = amount_ratio(amounts, counts, totals, 100)
+    assert np.array_equal(ratios, [np.nan, np.nan, 1.5, 0.0], equal_nan=True)
 
 
 @pytest.mark.parametrize(

@@ -81,16 +81,22 @@ def context_by_definition(row: Row, table: list[Row]) -> list[float]:
     return [*out, float("nan") if last is None else row.time_ms // DAY_MS - last]
 
 
+def ratio_by_definition(row: Row, table: list[Row]) -> float:
+    earlier = [r.amount for r in table if r.card == row.card and r[:2] < row[:2]]
+    return over(row.amount / 100, over(sum(earlier), len(earlier)) / 100)
+
+
 def history_by_definition(row: Row, table: list[Row]) -> list[list[float]]:
     before = sorted((r for r in table if r[:2] < row[:2]), reverse=True)
     of_card = [(1, r) for r in before if r.card == row.card][:16]
     of_terminal = [(2, r) for r in before if r.terminal == row.terminal][:32]
-    out = [[0.0, 0.0, row.amount / 100, 0.0, 0.0, 0.0]]
+    out = [[0.0, 0.0, row.amount / 100, 0.0, 0.0, 0.0, ratio_by_definition(row, table)]]
     for kind, r in of_card + of_terminal:
         matured = r.time_ms <= row.time_ms - 7 * DAY_MS
         same = r.card == row.card and r.terminal == row.terminal
         age_s = (row.time_ms - r.time_ms) / 1000
-        out.append([kind, age_s, r.amount / 100, matured, matured and r.fraud, same])
+        ratio = ratio_by_definition(r, table)
+        out.append([kind, age_s, r.amount / 100, matured, matured and r.fraud, same, ratio])
     return out
 
 
@@ -110,7 +116,27 @@ def test_history_follows_the_written_definitions() -> None:
     for index, row in enumerate(chosen):
         start, end = features.cu_seqlens[index : index + 2]
         expected = np.array(history_by_definition(rows[row], rows), np.float32)
-        np.testing.assert_array_equal(features.history[start:end], expected)
+        np.testing.assert_array_equal(features.history[start:end, :6], expected[:, :6])
+        np.testing.assert_allclose(features.history[start:end, 6], expected[:, 6], rtol=1e-6)
+
+
+def test_the_ratio_of_a_row_is_its_own_context() -> None:
+    """Every row of a history carries the C_RATIO_ALL of its transaction, bit for bit."""
+    table = random_table(14, 300)
+    context = offline_context(table)
+    features = HistoryIndex(table).features(np.arange(300), context)
+    own = context[:, CONTEXT_NAMES.index("C_RATIO_ALL")].astype(np.float32)
+    order = np.lexsort((table["transaction_id"], table["time_ms"]))
+    place = np.argsort(order)
+    for entity, kind, most in (("card", 1, 16), ("terminal", 2, 32)):
+        names = table[entity].to_numpy()
+        for index in range(300):
+            rows = features.history[slice(*features.cu_seqlens[index : index + 2])]
+            before = order[: place[index]]
+            earlier = before[names[before] == names[index]][::-1][:most]
+            assert rows[rows[:, 0] == kind, 6].tobytes() == own[earlier].tobytes()
+            assert rows[0, 6].tobytes() == own[index].tobytes()
+    assert np.isnan(own).any()
 
 
 def test_huge_amounts_stay_exact() -> None:

@@ -91,7 +91,7 @@ async def serve(
     running = list(services)
     tasks = [asyncio.create_task(service.run()) for service in running]
     async with asyncio.timeout(timeout_s):
-        while not until() and not any(task.done() for task in tasks):
+        while not until() and not any(task.done() for task in tasks):  # noqa: ASYNC110 - a log
             await asyncio.sleep(0.005)
         for service in running:
             service.request_stop()
@@ -132,7 +132,7 @@ def dead_letters(log: MemoryLog) -> list[dict[str, object]]:
     return [json.loads(record.value or b"") for record in log.topic("dead-letters")]
 
 
-def test_every_transaction_is_decided_once_with_its_place_and_versions():
+def test_every_transaction_is_decided_once_with_its_place_and_versions() -> None:
     """Amounts of 90, 100 and 110 are approved, reviewed and blocked by their scores."""
     log = new_log()
     send(log, payment(1, 90.0), payment(2, 100.0), payment(3, 110.0))
@@ -162,7 +162,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_message_is_a_dead_letter_and_its_neighbours_are_decided(name: str):
+def test_bad_message_is_a_dead_letter_and_its_neighbours_are_decided(name: str) -> None:
     """The dead letter says what, where and why; nothing else is lost."""
     value, error_class = BAD[name]
     log = new_log()
@@ -182,7 +182,7 @@ def test_bad_message_is_a_dead_letter_and_its_neighbours_are_decided(name: str):
     assert len(log.topic("dead-letters")[0].value or b"") < 10_000
 
 
-def test_replay_accepts_times_ahead_of_the_broker():
+def test_replay_accepts_times_ahead_of_the_broker() -> None:
     """A replayed topic has timestamps of its own."""
     log = new_log()
     send(log, payment(5, TX_DATETIME=NOW_MS + 360_000))
@@ -190,7 +190,7 @@ def test_replay_accepts_times_ahead_of_the_broker():
     assert len(decisions(log)) == 1
 
 
-def test_duplicate_repeats_its_decision_and_does_not_advance_the_state():
+def test_duplicate_repeats_its_decision_and_does_not_advance_the_state() -> None:
     """Same bytes, marked by a header; the next features do not count it."""
     log = new_log()
     twice, after = payment(7), payment(14)
@@ -212,7 +212,7 @@ def test_duplicate_repeats_its_decision_and_does_not_advance_the_state():
     assert digests[0] == digests[1] != []
 
 
-def test_non_finite_output_is_a_dead_letter():
+def test_non_finite_output_is_a_dead_letter() -> None:
     """The other transactions of the same request are decided."""
     log, client = new_log(), AmountClient()
     client.broken_amount = 13.0
@@ -222,7 +222,7 @@ def test_non_finite_output_is_a_dead_letter():
     assert [letter["error_class"] for letter in dead_letters(log)] == ["NonFiniteOutput"]
 
 
-def test_refused_transaction_does_not_take_the_poll_down():
+def test_refused_transaction_does_not_take_the_poll_down() -> None:
     """An invalid request is halved until the one at fault is alone."""
     log, client = new_log(), AmountClient()
     client.refused_amount = 13.0
@@ -234,7 +234,7 @@ def test_refused_transaction_does_not_take_the_poll_down():
     assert json.loads(base64.b64decode(str(letter["payload"])))["TRANSACTION_ID"] == 11
 
 
-def test_absent_model_delays_and_loses_nothing():
+def test_absent_model_delays_and_loses_nothing() -> None:
     """The same request is sent again until it is answered."""
     log, client = new_log(), AmountClient()
     client.failures = [UnavailableError("away"), UnavailableError("away")]
@@ -244,7 +244,7 @@ def test_absent_model_delays_and_loses_nothing():
     assert len({request.request_id for request in client.requests}) == 1
 
 
-def test_missing_topic_is_one_clear_line():
+def test_missing_topic_is_one_clear_line() -> None:
     """Nothing is read when an output has nowhere to go."""
     settings = ServiceSettings(topics=Topics(decisions="no-such-topic"))
     with pytest.raises(ConfigurationError, match="no-such-topic") as raised:
@@ -269,18 +269,20 @@ class _Failed:
     exception = TimeoutError("not acknowledged")
 
 
-def test_failed_delivery_is_sent_again_before_the_offset_is_committed():
+def test_failed_delivery_is_sent_again_before_the_offset_is_committed() -> None:
     """Offsets follow acknowledgements, never the sending."""
     log = new_log()
     send(log, *(payment(i) for i in range(20)))
     settings = replace(ServiceSettings(), reorder_wait_ms=0)
     stream = LossyStream(log, "g")
-    service = FraudService(settings, SCHEMAS, load_policy(), Scorer(AmountClient()), stream, clock_ms)
+    service = FraudService(
+        settings, SCHEMAS, load_policy(), Scorer(AmountClient()), stream, clock_ms
+    )
     asyncio.run(serve([service], lambda: is_committed(log)))
     assert sorted(d["transaction_id"] for d in decisions(log)) == list(range(20))  # type: ignore[type-var]
 
 
-def test_workers_share_partitions_and_agree_on_features():
+def test_workers_share_partitions_and_agree_on_features() -> None:
     """Three workers answer each input once, with the digests one worker finds."""
     logs = [new_log(), new_log()]
     for log in logs:
@@ -296,7 +298,7 @@ def test_workers_share_partitions_and_agree_on_features():
     assert len(decisions(logs[1])) == 60
 
 
-def test_restart_answers_the_rest_with_the_features_of_an_unbroken_run(tmp_path: Path):
+def test_restart_answers_the_rest_with_the_features_of_an_unbroken_run(tmp_path: Path) -> None:
     """After a stop, the snapshot and the log lead to the same digests."""
     settings = ServiceSettings(state_dir=tmp_path, snapshot_period_s=0.01)
     broken, unbroken = new_log(), new_log()
@@ -318,7 +320,7 @@ def digest_of(log: MemoryLog) -> dict[object, object]:
     return {d["transaction_id"]: d["features_digest"] for d in decisions(log)}
 
 
-def test_death_before_the_commit_answers_nothing_twice():
+def test_death_before_the_commit_answers_nothing_twice() -> None:
     """The answers that already stand are found in the decisions topic."""
     log = new_log()
     send(log, *(payment(i) for i in range(30)), b"{broken")
@@ -330,7 +332,7 @@ def test_death_before_the_commit_answers_nothing_twice():
     assert len(dead_letters(log)) == 1
 
 
-def test_damaged_snapshots_are_skipped_and_the_log_is_read_again(tmp_path: Path):
+def test_damaged_snapshots_are_skipped_and_the_log_is_read_again(tmp_path: Path) -> None:
     """State and digests are those of an undamaged run."""
     settings = ServiceSettings(state_dir=tmp_path)
     log, clean = new_log(), new_log()
@@ -348,7 +350,7 @@ def test_damaged_snapshots_are_skipped_and_the_log_is_read_again(tmp_path: Path)
     assert len(decisions(log)) == 40
 
 
-def test_bad_label_is_a_dead_letter_and_good_ones_reach_the_state():
+def test_bad_label_is_a_dead_letter_and_good_ones_reach_the_state() -> None:
     """Labels are input too; what cannot be read is not lost."""
     log = new_log()
     log.append(Outgoing("labels", 0, None, b'{"TRANSACTION_ID": 1, "TX_FRAUD": 7}', []))

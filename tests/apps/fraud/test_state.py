@@ -1,12 +1,12 @@
 """The state of a stream gives what the whole table gives, to the last bit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from apps.fraud.features import CONTEXT_NAMES, DAY_MS, Features
+from apps.fraud.features import CONTEXT_NAMES, DAY_MS, Features, join
 from apps.fraud.labels import Label
 from apps.fraud.offline import HistoryIndex, offline_context
 from apps.fraud.simulate import SimulationConfig, simulate
@@ -50,15 +50,6 @@ def add_labels(state: FeatureState, table: pd.DataFrame) -> None:
         state.add_label(Label(transaction_id, bool(fraud)))
 
 
-def join(parts: Sequence[Features]) -> Features:
-    lengths = np.concatenate([np.diff(part.cu_seqlens) for part in parts])
-    return Features(
-        np.concatenate([part.context for part in parts]),
-        np.concatenate([part.history for part in parts]),
-        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
-    )
-
-
 def stream(state: FeatureState, transactions: list[Transaction], seed: int = 0) -> Features:
     batches = [transactions[poll] for poll in polls(len(transactions), seed)]
     return join([state.advance(batch, [True] * len(batch)) for batch in batches])
@@ -96,7 +87,7 @@ def test_a_restored_snapshot_continues_exactly(
     parts = [stream(state, transactions[:cut])] if cut else []
     arrays = state.snapshot()
     state.advance(transactions[cut : cut + 50], [True] * 50)  # the snapshot is a copy
-    assert all(array.dtype.kind in "iUb" for array in arrays.values())
+    assert all(array.dtype.kind in "iUbf" for array in arrays.values())
     parts.append(stream(FeatureState.restore(arrays), transactions[cut:], seed=3))
     assert_same(join(parts), expected)
 
@@ -181,6 +172,59 @@ def test_a_late_transaction_goes_to_its_place(table: pd.DataFrame) -> None:
     assert (np.diff(arrival) < 0).any()
 
 
+def test_late_transactions_of_one_call_are_answered_as_one_by_one(table: pd.DataFrame) -> None:
+    """An answer shows nothing of those after it in the call, even if their time is earlier."""
+    transactions = transactions_of(table)[:3000]
+    rng = np.random.default_rng(1)
+    arrival = np.argsort([t.time_ms + rng.integers(0, DAY_MS) for t in transactions])
+    arrived = [transactions[index] for index in arrival]
+    together, single = FeatureState(spare_rows=250), FeatureState(spare_rows=250)
+    wanted = join([single.advance([transaction], [True]) for transaction in arrived])
+    assert_same(stream(together, arrived), wanted)
+
+
+@pytest.mark.parametrize("days_late", [0.5, 1.5, 30, 37])
+def test_ratios_behind_a_late_row_are_exact_for_38_days(
+    table: pd.DataFrame, days_late: float
+) -> None:
+    """Although rows of the card are dropped; one that is later still may belong before those."""
+    newest_ms = int(table["time_ms"].max())
+    card = table["card"].value_counts().index[0]
+    state = FeatureState.warm(table)
+    kept = table["transaction_id"].isin(state.snapshot()["event_id"])
+    assert not kept[table["card"] == card].all()
+    late = Transaction(10**6, newest_ms - int(days_late * DAY_MS), card, "new", 10**6)
+    last = Transaction(10**6 + 1, newest_ms + 1, card, "new", 100)
+    state.advance([late], [False])
+    got = FeatureState.restore(state.snapshot()).advance([last], [True])
+    whole = pd.concat([table[COLUMNS].astype({"card": str, "terminal": str}), frame(late, last)])
+    wanted = HistoryIndex(whole).features(np.array([len(table) + 1]), offline_context(whole))
+    assert got.history[:, 6].tobytes() == wanted.history[:, 6].tobytes()
+
+
+def frame(*transactions: Transaction) -> pd.DataFrame:
+    return pd.DataFrame(
+        [[getattr(t, name) for name in COLUMNS] for t in transactions], columns=COLUMNS
+    )
+
+
+def test_a_kept_row_keeps_its_ratio_when_a_later_one_is_dropped() -> None:
+    """Row 2, kept by its terminal, is 30.00 after 10.00; row 3 of the card is dropped."""
+    state = FeatureState()
+    amounts, terminals = (1000, 3000, 9000), ("t", "rare", "t")
+    for index in range(3):
+        paid = Transaction(index + 1, NOW_MS + index, "c", terminals[index], amounts[index])
+        state.advance([paid], [False])
+    state.advance([pay(i, i, "c", "busy") for i in range(10, 30)], [False] * 20)
+    state.advance([pay(i, i, f"c{i % 2}") for i in range(30, 70)], [False] * 40)
+    state.advance([pay(70, 40 * 86_400, "c0")], [False])
+    state.compact()
+    assert [state.seen(identifier) for identifier in (1, 2, 3)] == [False, True, False]
+    restored = FeatureState.restore(state.snapshot())
+    got = restored.advance([pay(71, 40 * 86_400 + 1, "c0", "rare")], [True])
+    assert got.history[-1, [0, 2, 6]].tolist() == [2.0, 30.0, 3.0]
+
+
 def pay(identifier: int, seconds: float, card: str = "c", terminal: str = "t") -> Transaction:
     return Transaction(identifier, NOW_MS + int(seconds * 1000), card, terminal, 1000)
 
@@ -249,7 +293,7 @@ def test_a_repeated_id_is_refused_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match="owned"):
         state.advance([pay(2, 1)], [])
     after = state.snapshot()
-    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
     assert state.seen(1)
     assert not state.seen(2)
 
@@ -288,6 +332,6 @@ def test_a_state_without_events_gives_empty_features() -> None:
     state = FeatureState.restore(FeatureState().snapshot())
     got = state.advance([], [])
     assert got.context.shape == (0, 24)
-    assert got.history.shape == (0, 6)
+    assert got.history.shape == (0, 7)
     assert got.cu_seqlens.tolist() == [0]
     assert state.newest_ms == 0

@@ -1,0 +1,153 @@
+"""Checkpoints: a safetensors file beside a manifest that says what it is and proves it.
+
+    DIR/manifest.json       config, tasks, sha256, data, metrics, command
+    DIR/model.safetensors   tensors; floating weights in float16, tree arrays as they are
+
+No pickle is read or written.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from core_model.config import MoEConfig
+from core_model.model import MoETransformer
+from core_model.tabular import TabularAdapter
+from kernels.trees import TreeEnsemble
+
+MANIFEST = "manifest.json"
+WEIGHTS = "model.safetensors"
+EXACT = ("tree_threshold_SN", "tree_leaf_SL", "tree_base", "expert_bias", "context_mean")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, altered or does not fit its configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    Args:
+        version: Name and number, such as ``"fraud-1"``.
+        config: ``MoEConfig`` fields.
+        tasks: Tasks it serves.
+        sha256: Of the weights file, hex.
+        data: What it was trained on, and under which licence.
+        metrics: Measured numbers, by name.
+        command: The command that made it.
+    """
+
+    version: str
+    config: Mapping[str, Any]
+    tasks: tuple[str, ...]
+    sha256: str
+    data: str
+    metrics: Mapping[str, float]
+    command: str
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _narrow(name: str, tensor: Tensor) -> Tensor:
+    exact = not tensor.is_floating_point() or name.endswith(EXACT)
+    return tensor.detach().cpu().contiguous() if exact else tensor.detach().cpu().half()
+
+
+def save_checkpoint(
+    directory: Path,
+    model: MoETransformer,
+    *,
+    version: str,
+    data: str,
+    metrics: Mapping[str, float],
+    command: str,
+) -> Manifest:
+    """Write weights and manifest; return the manifest."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: _narrow(name, value) for name, value in model.state_dict().items()}
+    save_file(tensors, directory / WEIGHTS)
+    manifest = Manifest(
+        version=version,
+        config=model.config.to_dict(),
+        tasks=tuple(model.adapters),
+        sha256=_sha256(directory / WEIGHTS),
+        data=data,
+        metrics=dict(metrics),
+        command=command,
+    )
+    text = json.dumps(asdict(manifest), indent=2) + "\n"
+    (directory / MANIFEST).write_text(text, encoding="utf-8")
+    return manifest
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        CheckpointError: It is missing or not a manifest.
+    """
+    path = directory / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Manifest(**{**values, "tasks": tuple(values["tasks"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        message = f"{path}: expected a checkpoint manifest, got {error}"
+        raise CheckpointError(message) from error
+
+
+def load_checkpoint(directory: Path, device: str = "cpu") -> tuple[MoETransformer, Manifest]:
+    """Load a model in evaluation mode after its weights file proved to be the stated one.
+
+    Raises:
+        CheckpointError: A file is missing or altered, or a tensor is missing or misshapen.
+    """
+    manifest = read_manifest(directory)
+    path = directory / WEIGHTS
+    if not path.is_file():
+        message = f"{path}: expected the weights that {MANIFEST} describes, found no file"
+        raise CheckpointError(message)
+    found = _sha256(path)
+    if found != manifest.sha256:
+        message = f"{path}: expected sha256 {manifest.sha256[:16]}.., got {found[:16]}.."
+        raise CheckpointError(message)
+    try:
+        model = MoETransformer(MoEConfig.from_dict(manifest.config), manifest.tasks)
+        _fill(model, load_file(path), path)
+    except (SafetensorError, TypeError, ValueError) as error:
+        message = f"{path}: {error}"
+        raise CheckpointError(message) from error
+    return model.eval().to(device), manifest
+
+
+def _fill(model: MoETransformer, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copy stored tensors into the model, tree ensembles first: their sizes are data."""
+    wide = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    for task, adapter in model.adapters.items():
+        if isinstance(adapter, TabularAdapter):
+            prefix = f"adapters.{task}.tree_"
+            parts = {name: wide.get(prefix + name) for name in TreeEnsemble._fields}
+            missing = sorted(name for name, tensor in parts.items() if tensor is None)
+            if missing:
+                message = f"{path}: expected the tree arrays of {task}, missing {missing}"
+                raise CheckpointError(message)
+            adapter.set_ensemble(TreeEnsemble(**parts))
+    try:
+        model.load_state_dict(wide)
+    except RuntimeError as error:
+        message = f"{path}: {' '.join(str(error).split())}"
+        raise CheckpointError(message) from error

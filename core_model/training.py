@@ -1,0 +1,176 @@
+"""Training of one task on packed sequences: AdamW, one cycle, weight averaging, balance.
+
+The caller brings a device-resident batch, a loss and row weights; the loop knows
+nothing of the task.  Weights say how much traffic a sampled sequence stands for: they
+scale the loss (by the caller) and the expert load (here), so that balance holds for
+the traffic and not for the sample.
+
+Legend: B sequences, L layers, E experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from core_model.balance import expert_load, move_bias, rebalance
+from core_model.model import MoETransformer, StepOutput
+from core_model.packing import RaggedBatch, take_sequences
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Progress = Callable[[int, int, float], None]
+CHUNK = 4096  # sequences of one forward pass outside training
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """Hyper-parameters; chosen on validation folds, see docs/log.md.
+
+    Args:
+        epochs: Passes over the sampled sequences.
+        batch_size: Sequences per step.
+        peak_lr: Learning rate at the top of the cycle.
+        weight_decay: On matrices only.
+        average_from: Share of the run after which weights are averaged.
+        average_decay: Decay of the weight average per step.
+        bias_rate: Step of the selection bias per update, falling linearly to 0.
+        balance_draws: Sequences drawn to balance the experts after training.
+    """
+
+    epochs: int = 5
+    batch_size: int = 1024
+    peak_lr: float = 2e-3
+    weight_decay: float = 0.05
+    average_from: float = 0.6
+    average_decay: float = 0.99
+    bias_rate: float = 0.02
+    balance_draws: int = 16_384
+
+
+class WeightAverage:
+    """Exponential average of a model's parameters, corrected for its short history."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._parameters = list(model.parameters())
+        self._sums = [torch.zeros_like(p) for p in self._parameters]
+        self._decay = decay
+        self._mass = 0.0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the parameters as they are now."""
+        for total, parameter in zip(self._sums, self._parameters, strict=True):
+            total.lerp_(parameter, 1.0 - self._decay)
+        self._mass = self._decay * self._mass + (1.0 - self._decay)
+
+    @torch.no_grad()
+    def install(self) -> None:
+        """Put the average in the parameters' place."""
+        for total, parameter in zip(self._sums, self._parameters, strict=True):
+            parameter.copy_(total / self._mass)
+
+
+def _optimizer(
+    model: nn.Module, settings: TrainSettings, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings.peak_lr, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.peak_lr, total_steps=steps, pct_start=0.15
+    )
+    return optimizer, schedule
+
+
+def weighted_load(step: StepOutput, weights_B: Tensor, num_experts: int) -> Tensor:
+    """Return the expert load of a step with each token weighted as its sequence, [L, E]."""
+    counts = (step.cu_tokens[1:] - step.cu_tokens[:-1]).long()
+    return expert_load(step.experts_LTK, num_experts, torch.repeat_interleave(weights_B, counts))
+
+
+def train_task(
+    model: MoETransformer,
+    task: str,
+    batch: RaggedBatch,
+    weights_B: Tensor,
+    loss: Loss,
+    settings: TrainSettings,
+    generator: torch.Generator,
+    progress: Progress,
+) -> None:
+    """Train in place; the model ends with averaged weights, not yet rebalanced.
+
+    Args:
+        loss: (output columns [b, D_out], sequence indices [b]) -> scalar.
+        generator: CPU generator; fixes the order of the sequences.
+        progress: Called with (step, number of steps, loss) every 20 steps.
+    """
+    device = batch.features.device
+    per_epoch = batch.num_sequences // settings.batch_size
+    steps = settings.epochs * per_epoch
+    optimizer, schedule = _optimizer(model, settings, steps)
+    average = WeightAverage(model, settings.average_decay)
+    model.train()
+    for step in range(steps):
+        if step % per_epoch == 0:
+            order = torch.randperm(batch.num_sequences, generator=generator).to(device)
+        start = step % per_epoch * settings.batch_size
+        chosen = order[start : start + settings.batch_size]
+        output = model({task: take_sequences(batch, chosen)})
+        value = loss(output.outputs[task][0], chosen)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        load_LE = weighted_load(output, weights_B[chosen], model.config.num_experts)
+        move_bias(model, load_LE, settings.bias_rate * (1.0 - step / steps))
+        if step >= settings.average_from * steps:
+            average.update()
+        if step % 20 == 0:
+            progress(step, steps, float(value.detach()))
+    average.install()
+    model.eval()
+
+
+@torch.no_grad()
+def rebalance_task(
+    model: MoETransformer,
+    task: str,
+    batch: RaggedBatch,
+    weights_B: Tensor,
+    settings: TrainSettings,
+    generator: torch.Generator,
+) -> None:
+    """Balance the experts on a draw of sequences by weight, once training is over.
+
+    Averaging the weights and sampling the training rows both shift the load a little;
+    this brings it back for the traffic that the weights describe.
+    """
+    model.eval()
+    share = (weights_B / weights_B.sum()).cpu()
+    drawn = torch.multinomial(share, settings.balance_draws, True, generator=generator)
+    encoded = [
+        model.adapters[task](take_sequences(batch, part.to(batch.features.device)))
+        for part in drawn.split(CHUNK)
+    ]
+    rebalance(model, [(part.tokens_TD, part.cu_spans) for part in encoded])
+
+
+@torch.no_grad()
+def predict(model: MoETransformer, task: str, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
+    """Return output columns of all sequences [B, D_out] and the expert load [L, E]."""
+    model.eval()
+    outputs, loads = [], []
+    for start in range(0, batch.num_sequences, CHUNK):
+        end = min(start + CHUNK, batch.num_sequences)
+        chosen = torch.arange(start, end, device=batch.features.device)
+        step = model({task: take_sequences(batch, chosen)})
+        outputs.append(step.outputs[task][0])
+        loads.append(expert_load(step.experts_LTK, model.config.num_experts))
+    return torch.cat(outputs), torch.stack(loads).sum(dim=0)

@@ -1,0 +1,85 @@
+"""Retries happen within the deadline that is left, for the right errors, in injected time."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import pytest
+
+from cluster.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    QueueFullError,
+    ReplicaLostError,
+    TrimoeError,
+)
+from cluster.retry import RetryPolicy
+from cluster.schemas import InferRequest, InferResponse
+
+ANSWER = cast("InferResponse", object())
+
+
+class Script:
+    """Fails in the given ways, then answers; keeps what it was asked and when."""
+
+    def __init__(self, errors: Sequence[TrimoeError], attempt_s: float = 0.0) -> None:
+        self.errors = list(errors)
+        self.now = 0.0
+        self.attempt_s = attempt_s
+        self.pauses: list[float] = []
+        self.asked: list[InferRequest] = []
+        self.policy = RetryPolicy(clock=lambda: self.now, sleep=self.sleep)
+
+    async def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+    async def attempt(self, request: InferRequest) -> InferResponse:
+        self.asked.append(request)
+        self.now += self.attempt_s
+        if self.errors:
+            raise self.errors.pop(0)
+        return ANSWER
+
+    def send(self, request: InferRequest) -> InferResponse:
+        return asyncio.run(self.policy.send(request, self.attempt))
+
+
+Make = Callable[..., InferRequest]
+
+
+def test_lost_replica_and_back_pressure_are_tried_again_with_the_deadline_left(
+    make_request: Make,
+) -> None:
+    script = Script([ReplicaLostError("died"), QueueFullError("full")], attempt_s=0.1)
+    assert script.send(make_request(deadline_ms=1000.0)) is ANSWER
+    assert [round(each.deadline_ms) for each in script.asked] == [1000, 890, 770]
+    assert {each.request_id for each in script.asked} == {"r0"}
+    assert script.pauses == [0.01, 0.02]
+
+
+def test_pauses_stop_growing_and_the_deadline_ends_it_naming_the_last_failure(
+    make_request: Make,
+) -> None:
+    script = Script([ReplicaLostError("died again")] * 100)
+    with pytest.raises(DeadlineExceededError, match="within 3000 ms; last failure: died again"):
+        script.send(make_request(deadline_ms=3000.0))
+    assert max(script.pauses) == 0.5
+    assert script.now == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("error", [InvalidRequestError("no"), DeadlineExceededError("late")])
+def test_final_errors_are_not_tried_again(make_request: Make, error: TrimoeError) -> None:
+    script = Script([error])
+    with pytest.raises(type(error)):
+        script.send(make_request())
+    assert len(script.asked) == 1
+
+
+def test_silence_ends_at_the_deadline(make_request: Make) -> None:
+    async def silent(_: InferRequest) -> InferResponse:
+        await asyncio.sleep(30)
+        return ANSWER
+
+    with pytest.raises(DeadlineExceededError, match="none, still waiting"):
+        asyncio.run(RetryPolicy().send(make_request(deadline_ms=20.0), silent))

@@ -1,0 +1,84 @@
+"""The fraud service on a real Apache Kafka: nothing lost, features exact, also under SIGKILL."""
+
+import base64
+import json
+import time
+from collections.abc import Iterator
+from contextlib import closing
+
+import pandas as pd
+import pytest
+
+from apps.fraud.brokers import create_topics
+from apps.fraud.launch import check_topics
+from apps.fraud.settings import Topics
+from apps.fraud.simulate import SimulationConfig, simulate
+from apps.fraud.stream import Outgoing
+from apps.fraud.transport import KafkaSettings, KafkaStream
+from benchmarks.fraud_kill import Plan, kill_run
+from benchmarks.fraud_parity import Case, check
+from benchmarks.fraud_rig import offline_digests
+from benchmarks.real_kafka import RealKafka, missing_tools
+from cluster.errors import ConfigurationError
+
+pytestmark = [
+    pytest.mark.kafka,
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),
+    pytest.mark.skipif(bool(missing_tools()), reason=f"no {' and no '.join(missing_tools())}"),
+]
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A real broker that takes 12 MB messages."""
+    with RealKafka(message_max_bytes="12000000") as kafka:
+        yield kafka.bootstrap_servers
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    return simulate(SimulationConfig(num_cards=400, num_terminals=300, num_days=45, seed=3))
+
+
+@pytest.mark.parametrize("case", [Case(1, is_warm=True), Case(3, is_warm=False)])
+def test_online_features_equal_offline_bit_for_bit(
+    address: str, table: pd.DataFrame, case: Case
+) -> None:
+    """Through Kafka, with labels, warm in the middle and on three workers."""
+    counts = check(address, table[:12_000], offline_digests(table[:12_000]), case, with_model=False)
+    assert counts["equal"] == counts["transactions"] == counts["decisions"]
+    assert counts["dead_letters"] == 0
+
+
+def test_killed_workers_lose_nothing_and_resume_exactly(address: str, table: pd.DataFrame) -> None:
+    """Three SIGKILLs at random moments while transactions keep coming."""
+    plan = Plan(kills=3, num_workers=2, rate_tx_s=400.0, seed=1, with_model=False)
+    counts = kill_run(address, table[:8000], plan)
+    assert counts["decided"] == counts["equal"] == 8000
+
+
+def test_missing_topic_is_one_clear_line(address: str) -> None:
+    """Nothing starts, nothing is created."""
+    with pytest.raises(ConfigurationError, match="no-such-topic") as raised:
+        check_topics(KafkaSettings(address), Topics(transactions="no-such-topic"))
+    assert "\n" not in str(raised.value)
+
+
+def test_ten_megabyte_message_passes_the_stream_and_commits_survive(address: str) -> None:
+    """Messages of any size are read; committed offsets and ends are Kafka's."""
+    topic = f"stream-{time.time_ns()}"
+    create_topics(address, {topic: 2})
+    options = {"max_request_size": 12_000_000}
+    settings = KafkaSettings(address, topic, options)
+    huge = base64.b64encode(bytes(7_500_000))
+    with closing(KafkaStream(settings)) as stream:
+        acks = [stream.send(Outgoing(topic, 1, b"k", value, [])) for value in (b"{}", huge)]
+        while not all(ack.is_done for ack in acks):
+            time.sleep(0.01)
+        assert [ack.exception for ack in acks] == [None, None]
+        assert stream.bounds(topic) == {0: (0, 0), 1: (0, 2)}
+        found = list(stream.tail(topic, {0: 0, 1: 0}))
+    assert [len(record.value or b"") for record in found] == [2, len(huge)]
+    assert json.loads(found[0].value or b"") == {}
