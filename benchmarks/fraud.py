@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from apps.fraud.brokers import EmbeddedBroker
+from apps.fraud.brokers import EMBEDDED_CLIENT_OPTIONS, EmbeddedBroker
 from apps.fraud.decision import load_policy
 from apps.fraud.demo import generate_world, progress_line
 from apps.fraud.launch import WorkerPlan, default_schemas, running_service
@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 
 def measure(args: argparse.Namespace, load: "Load | None" = None) -> dict[str, float]:
     """Run one measurement and return its figures."""
-    options = read_options(args.kafka_config)
+    options = {
+        **(EMBEDDED_CLIENT_OPTIONS if args.embedded else {}),
+        **read_options(args.kafka_config),
+    }
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="trimoe-bench-")))
         num_transactions = int(args.rate * (args.seconds + args.settle))

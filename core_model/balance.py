@@ -11,13 +11,15 @@ Legend: L layers, T tokens, K chosen, E experts.
 """
 
 from collections.abc import Iterable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from core_model.blocks import Block
 from core_model.model import FULL, MoETransformer
+
+if TYPE_CHECKING:
+    from core_model.blocks import Block
 
 SOLVE_STEPS = 300
 FIRST_SOLVE_RATE = 0.05  # of a sigmoid score, at a load error of 100 %

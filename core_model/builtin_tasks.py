@@ -1,9 +1,16 @@
 """The tasks this distribution ships, as entry points of ``trimoe.tasks``."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 
 from core_model.tasks import ExtraSpec, TaskSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from core_model.config import MoEConfig
 
 NUM_CONTEXT = 24  # handbook features (15) and online features (9), see apps/fraud/features.py
 COLUMN_KIND = 0  # 0 the event itself, 1 history of its card, 2 history of its terminal
@@ -23,13 +30,13 @@ def _count_tokens(num_rows: NDArray[np.int32]) -> NDArray[np.int64]:
     return np.full(num_rows.shape, TOKENS_PER_TRANSACTION, dtype=np.int64)
 
 
-def _build_adapter(config: "object") -> "object":
+def _build_adapter(config: "MoEConfig") -> "nn.Module":
     from core_model.tabular import TabularAdapter  # noqa: PLC0415 - torch stays out of the registry
 
     return TabularAdapter(config)
 
 
-def _build_head(config: "object") -> "object":
+def _build_head(config: "MoEConfig") -> "nn.Module":
     from core_model.tabular import TabularHead  # noqa: PLC0415 - torch stays out of the registry
 
     return TabularHead(config)

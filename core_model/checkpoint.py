@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -127,27 +126,23 @@ def load_checkpoint(directory: Path, device: str = "cpu") -> tuple[MoETransforme
         raise CheckpointError(message)
     try:
         model = MoETransformer(MoEConfig.from_dict(manifest.config), manifest.tasks)
-        _fill(model, load_file(path), path)
-    except (SafetensorError, TypeError, ValueError) as error:
-        message = f"{path}: {error}"
+        _fill(model, load_file(path))
+    except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        message = f"{path}: {' '.join(str(error).split())}"
         raise CheckpointError(message) from error
     return model.eval().to(device), manifest
 
 
-def _fill(model: MoETransformer, tensors: Mapping[str, Tensor], path: Path) -> None:
+def _fill(model: MoETransformer, tensors: Mapping[str, Tensor]) -> None:
     """Copy stored tensors into the model, tree ensembles first: their sizes are data."""
     wide = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     for task, adapter in model.adapters.items():
         if isinstance(adapter, TabularAdapter):
             prefix = f"adapters.{task}.tree_"
-            parts = {name: wide.get(prefix + name) for name in TreeEnsemble._fields}
-            missing = sorted(name for name, tensor in parts.items() if tensor is None)
+            missing = sorted(name for name in TreeEnsemble._fields if prefix + name not in wide)
             if missing:
-                message = f"{path}: expected the tree arrays of {task}, missing {missing}"
+                message = f"expected the tree arrays of {task}, missing {missing}"
                 raise CheckpointError(message)
-            adapter.set_ensemble(TreeEnsemble(**parts))
-    try:
-        model.load_state_dict(wide)
-    except RuntimeError as error:
-        message = f"{path}: {' '.join(str(error).split())}"
-        raise CheckpointError(message) from error
+            arrays = {name: wide[prefix + name] for name in TreeEnsemble._fields}
+            adapter.set_ensemble(TreeEnsemble(**arrays))
+    model.load_state_dict(wide)

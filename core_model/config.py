@@ -43,9 +43,11 @@ class MoEConfig:
 
     @property
     def d_head(self) -> int:
+        """Width of one attention head."""
         return self.d_model // self.num_heads
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name, as a manifest stores them."""
         return asdict(self)
 
     @classmethod

@@ -26,6 +26,7 @@ class RaggedBatch:
 
     @property
     def num_sequences(self) -> int:
+        """B."""
         return self.cu_seqlens.numel() - 1
 
 

@@ -49,6 +49,7 @@ FIRST_GATE = -0.6  # logit; the sequence expert starts with a weight of .35
 
 
 def signed_log(x: Tensor) -> Tensor:
+    """Return sign(x) log(1 + |x|), NaN for NaN."""
     return torch.sign(x) * torch.log1p(x.abs())
 
 
@@ -133,6 +134,7 @@ class TabularAdapter(nn.Module):
 
     @property
     def ensemble(self) -> TreeEnsemble:
+        """The installed tree expert."""
         return TreeEnsemble(*(getattr(self, f"tree_{name}") for name in TreeEnsemble._fields))
 
     def set_ensemble(self, ensemble: TreeEnsemble) -> None:
@@ -149,6 +151,7 @@ class TabularAdapter(nn.Module):
         self.context_std.copy_(torch.nanmean((scaled - mean) ** 2, dim=0).sqrt().clamp(min=1e-3))
 
     def forward(self, batch: RaggedBatch) -> Encoded:
+        """Return the tokens of all transactions, and the tree's answers beside them."""
         context_BC = batch.extras["context"]
         tree_BC = batch.extras.get("tree")
         if tree_BC is None:
@@ -161,6 +164,7 @@ class TabularAdapter(nn.Module):
         return pack_spans(tokens, tree_BC, withhold="tree" in batch.extras)
 
     def encode_context(self, context_BC: Tensor) -> Tensor:
+        """Embed the context features and which of them are defined, [B, D]."""
         scaled = (signed_log(context_BC) - self.context_mean) / self.context_std
         known = (~torch.isnan(scaled)).float()
         encoded: Tensor = self.context(torch.cat([torch.nan_to_num(scaled), known], dim=1))
@@ -225,6 +229,7 @@ class TabularHead(nn.Module):
         nn.init.constant_(self.gate.bias, FIRST_GATE)
 
     def forward(self, tokens_TD: Tensor, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """Return one output row per transaction [B, 4 + C] and the offsets 0 .. B."""
         tokens_TD = self.dropout(tokens_TD)
         tree_BC = encoded.side["tree"]
         withheld_B = torch.isnan(tree_BC[:, 0])

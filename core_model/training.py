@@ -8,7 +8,7 @@ the traffic and not for the sample.
 Legend: B sequences, L layers, E experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +35,6 @@ class TrainSettings:
         average_from: Share of the run after which weights are averaged.
         average_decay: Decay of the weight average per step.
         bias_rate: Step of the selection bias per update, falling linearly to 0.
-        balance_draws: Sequences drawn to balance the experts after training.
     """
 
     epochs: int = 5
@@ -45,7 +44,21 @@ class TrainSettings:
     average_from: float = 0.6
     average_decay: float = 0.99
     bias_rate: float = 0.02
-    balance_draws: int = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedSample:
+    """Sequences of a task, drawn unevenly from its traffic.
+
+    Args:
+        task: Name of the task.
+        batch: The sequences, on the model's device.
+        weights_B: How many sequences of the traffic each stands for, float32 [B].
+    """
+
+    task: str
+    batch: RaggedBatch
+    weights_B: Tensor
 
 
 class WeightAverage:
@@ -93,11 +106,19 @@ def weighted_load(step: StepOutput, weights_B: Tensor, num_experts: int) -> Tens
     return expert_load(step.experts_LTK, num_experts, torch.repeat_interleave(weights_B, counts))
 
 
+def _draws(
+    sample: WeightedSample, settings: TrainSettings, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Yield the sequences of each step; what does not fill a step waits for the next epoch."""
+    num = sample.batch.num_sequences
+    for _ in range(settings.epochs):
+        order = torch.randperm(num, generator=generator).to(sample.weights_B.device)
+        yield from order.split(settings.batch_size)[: num // settings.batch_size]
+
+
 def train_task(
     model: MoETransformer,
-    task: str,
-    batch: RaggedBatch,
-    weights_B: Tensor,
+    sample: WeightedSample,
     loss: Loss,
     settings: TrainSettings,
     generator: torch.Generator,
@@ -106,29 +127,26 @@ def train_task(
     """Train in place; the model ends with averaged weights, not yet rebalanced.
 
     Args:
+        model: On the device of the sample.
+        sample: At least ``settings.batch_size`` sequences.
         loss: (output columns [b, D_out], sequence indices [b]) -> scalar.
+        settings: Hyper-parameters.
         generator: CPU generator; fixes the order of the sequences.
         progress: Called with (step, number of steps, loss) every 20 steps.
     """
-    device = batch.features.device
-    per_epoch = batch.num_sequences // settings.batch_size
-    steps = settings.epochs * per_epoch
+    steps = settings.epochs * (sample.batch.num_sequences // settings.batch_size)
     optimizer, schedule = _optimizer(model, settings, steps)
     average = WeightAverage(model, settings.average_decay)
     model.train()
-    for step in range(steps):
-        if step % per_epoch == 0:
-            order = torch.randperm(batch.num_sequences, generator=generator).to(device)
-        start = step % per_epoch * settings.batch_size
-        chosen = order[start : start + settings.batch_size]
-        output = model({task: take_sequences(batch, chosen)})
-        value = loss(output.outputs[task][0], chosen)
+    for step, chosen in enumerate(_draws(sample, settings, generator)):
+        output = model({sample.task: take_sequences(sample.batch, chosen)})
+        value = loss(output.outputs[sample.task][0], chosen)
         optimizer.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        load_LE = weighted_load(output, weights_B[chosen], model.config.num_experts)
+        load_LE = weighted_load(output, sample.weights_B[chosen], model.config.num_experts)
         move_bias(model, load_LE, settings.bias_rate * (1.0 - step / steps))
         if step >= settings.average_from * steps:
             average.update()
@@ -139,26 +157,15 @@ def train_task(
 
 
 @torch.no_grad()
-def rebalance_task(
-    model: MoETransformer,
-    task: str,
-    batch: RaggedBatch,
-    weights_B: Tensor,
-    settings: TrainSettings,
-    generator: torch.Generator,
-) -> None:
-    """Balance the experts on a draw of sequences by weight, once training is over.
+def rebalance_task(model: MoETransformer, task: str, traffic: RaggedBatch) -> None:
+    """Balance the experts on a sample of the traffic to be served, once training is over.
 
-    Averaging the weights and sampling the training rows both shift the load a little;
-    this brings it back for the traffic that the weights describe.
+    Averaging the weights and sampling the training rows by hardness both shift the load.
+    No label is needed.
     """
     model.eval()
-    share = (weights_B / weights_B.sum()).cpu()
-    drawn = torch.multinomial(share, settings.balance_draws, True, generator=generator)
-    encoded = [
-        model.adapters[task](take_sequences(batch, part.to(batch.features.device)))
-        for part in drawn.split(CHUNK)
-    ]
+    chosen = torch.arange(traffic.num_sequences, device=traffic.features.device)
+    encoded = [model.adapters[task](take_sequences(traffic, part)) for part in chosen.split(CHUNK)]
     rebalance(model, [(part.tokens_TD, part.cu_spans) for part in encoded])
 
 

@@ -4,7 +4,7 @@ Covered: full, and sliding window with global positions; any mix of lengths.  No
 covered: causal masks, grouped queries, padding.
 
 Legend: T packed positions, H heads, d head width, B sequences, n positions of one
-sequence, G sequences of equal length.
+sequence, G sequences of equal length, q queries, k keys.
 """
 
 from collections import defaultdict
@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from kernels.dispatch import FLOATS, Impl, check, compute_dtype, select_impl
 
+SHORT = 3  # positions of a sequence up to which elementwise products win, with gradient and without
 BLOCK_QUERIES = 256  # rows of a masked block: one score tile of a window of 1024 stays in cache
 
 
@@ -109,21 +110,23 @@ def attention_reference(
 def _attention_torch(
     q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, cu_seqlens: Tensor, pattern: AttentionPattern
 ) -> Tensor:
-    """Sequences of equal length as one batch: no padding, one product per length."""
+    """Sequences of equal length as one batch: no padding, one product per length.
+
+    A position alone in its sequence sees itself: its output is its value.
+    """
     groups = _groups(cu_seqlens)
-    if len(groups) <= 1:
-        n = next(iter(groups), 1)
+    groups.pop(1, None)
+    if [n * len(starts) for n, starts in groups.items()] == [q_THd.shape[0]]:
+        (n,) = groups
         q, k, v = (x.view(-1, n, *x.shape[1:]) for x in (q_THd, k_THd, v_THd))
         return _equal_lengths(q, k, v, pattern).reshape(q_THd.shape).contiguous()
-    rows, pieces = [], []
+    out_THd = v_THd.clone(memory_format=torch.contiguous_format)
     for n, starts in groups.items():
         start_G = torch.tensor(starts, device=q_THd.device)
-        row_Gn = start_G.unsqueeze(1) + torch.arange(n, device=q_THd.device)
-        rows.append(row_Gn.flatten())
-        q, k, v = (x[row_Gn] for x in (q_THd, k_THd, v_THd))
-        pieces.append(_equal_lengths(q, k, v, pattern).flatten(0, 1))
-    order = torch.cat(rows).argsort()
-    return torch.cat(pieces).index_select(0, order)
+        rows = (start_G.unsqueeze(1) + torch.arange(n, device=q_THd.device)).flatten()
+        q, k, v = (x.index_select(0, rows).unflatten(0, (-1, n)) for x in (q_THd, k_THd, v_THd))
+        out_THd.index_copy_(0, rows, _equal_lengths(q, k, v, pattern).flatten(0, 1))
+    return out_THd
 
 
 def _groups(cu_seqlens: Tensor) -> dict[int, list[int]]:
@@ -140,9 +143,12 @@ def _equal_lengths(
     q_GnHd: Tensor, k_GnHd: Tensor, v_GnHd: Tensor, pattern: AttentionPattern
 ) -> Tensor:
     """Return the attention of a batch, [G, n, H, d]."""
+    n = q_GnHd.shape[1]
+    sees_all = pattern.window is None or n <= pattern.window // 2 + 1
+    if sees_all and n <= SHORT:
+        return _short(q_GnHd, k_GnHd, v_GnHd)
     q, k, v = (x.transpose(1, 2) for x in (q_GnHd, k_GnHd, v_GnHd))
-    n = q.shape[2]
-    if pattern.window is None or n <= pattern.window // 2 + 1:
+    if sees_all:
         return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     num_global = min(pattern.num_global, n)
     bounds = [*range(num_global, n, BLOCK_QUERIES), n]
@@ -150,6 +156,15 @@ def _equal_lengths(
     for start, end in pairwise(bounds):
         pieces.append(_window_block(q, k, v, range(start, end), pattern))
     return torch.cat(pieces, dim=2).transpose(1, 2)
+
+
+def _short(q_GnHd: Tensor, k_GnHd: Tensor, v_GnHd: Tensor) -> Tensor:
+    """Return full attention by elementwise products, which beat tiny matrix products."""
+    products_GqkHd = q_GnHd.unsqueeze(2) * k_GnHd.unsqueeze(1)
+    scores_GqkH = products_GqkHd.sum(dim=-1) * q_GnHd.shape[3] ** -0.5
+    weights_GqkH = scores_GqkH.softmax(dim=2)
+    mixed_GqHd: Tensor = (weights_GqkH.unsqueeze(-1) * v_GnHd.unsqueeze(1)).sum(dim=2)
+    return mixed_GqHd
 
 
 def _window_block(

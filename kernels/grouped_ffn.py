@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.dispatch import FLOATS, Impl, check, compute_dtype, needs_grad, select_impl
+from kernels.dispatch import FLOATS, Impl, check, compute_dtype, select_impl
 from kernels.routing import Routing
 
 
@@ -74,18 +74,15 @@ def grouped_ffn_reference(
 def _grouped_ffn_torch(
     x_RD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, ends_E: Tensor
 ) -> Tensor:
-    """Loop over experts that own rows; rows are slices, never gathered."""
-    ends = ends_E.tolist()
-    spans = [(e, a, b) for e, (a, b) in enumerate(zip([0, *ends], ends, strict=False)) if b > a]
-    if needs_grad(x_RD, gate_up_EGD, down_EDF):
-        pieces = []
-        for expert, start, end in spans:
-            gate_NF, up_NF = functional.linear(x_RD[start:end], gate_up_EGD[expert]).chunk(2, dim=1)
-            pieces.append(functional.linear(functional.silu(gate_NF) * up_NF, down_EDF[expert]))
-        return torch.cat(pieces) if pieces else torch.zeros_like(x_RD)
-    y_RD = torch.empty_like(x_RD)
-    for expert, start, end in spans:
-        gate_NF, up_NF = functional.linear(x_RD[start:end], gate_up_EGD[expert]).chunk(2, dim=1)
-        hidden_NF = functional.silu(gate_NF).mul_(up_NF)
-        torch.mm(hidden_NF, down_EDF[expert].T, out=y_RD[start:end])
-    return y_RD
+    """Loop over experts; rows are slices, never gathered, and a hidden row stays in cache.
+
+    The weights are unbound once: indexing them in the loop would make autograd fill a
+    gradient of all experts for each one.
+    """
+    loads = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
+    weights = zip(gate_up_EGD.unbind(), down_EDF.unbind(), strict=True)
+    pieces = []
+    for rows_ND, (gate_up_GD, down_DF) in zip(torch.split(x_RD, loads), weights, strict=True):
+        gate_NF, up_NF = functional.linear(rows_ND, gate_up_GD).chunk(2, dim=1)
+        pieces.append(functional.linear(functional.silu(gate_NF) * up_NF, down_DF))
+    return torch.cat(pieces)

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
-from apps.fraud.brokers import EmbeddedBroker, create_topics
+from apps.fraud.brokers import EMBEDDED_CLIENT_OPTIONS, EmbeddedBroker, create_topics
 from apps.fraud.commands import topics_of, write_json
 from apps.fraud.decision import load_policy
 from apps.fraud.launch import WorkerPlan, check_topics, default_schemas, running_service
@@ -137,6 +137,7 @@ def _broker(
     names = (topics.transactions, topics.labels, topics.decisions, topics.dead_letters)
     if bootstrap_servers is None:
         bootstrap_servers = stack.enter_context(EmbeddedBroker()).bootstrap_servers
+        options = {**EMBEDDED_CLIENT_OPTIONS, **options}
     kafka = KafkaSettings(bootstrap_servers, f"trimoe-demo-{time.time_ns()}", options)
     KafkaStream(kafka).close()  # one clear line if nobody answers
     create_topics(bootstrap_servers, dict.fromkeys(names, NUM_PARTITIONS))

@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from multiprocessing import get_context
@@ -26,17 +26,16 @@ from apps.fraud import chaining, protocol
 from apps.fraud.protocol import (
     TEST_STARTS,
     VALIDATION_STARTS,
-    Fold,
     Floats,
+    Fold,
     Ledger,
     TestSet,
     bootstrap_reduction,
-    false_positives,
     metrics,
     summarise,
     threshold_at,
 )
-from apps.fraud.train import Dataset, Examples, fit_model, num_threads
+from apps.fraud.train import Dataset, Examples, Fit, fit_model, num_threads
 from apps.fraud.transaction import TransactionSchema
 from core_model.balance import utilisation
 from core_model.builtin_tasks import FRAUD
@@ -46,10 +45,11 @@ HANDBOOK_ROWS = 1_754_155
 TREES_AP = 0.736  # row "D, strict" of the published-protocol anchors
 TREES_AP_TOLERANCE = 0.003
 VALIDATION_SEED = 0  # one seed chooses; the test folds are run with every seed
-MEAN_WEIGHTS = tuple(np.arange(0.05, 1.0, 0.05).round(2).tolist())
+MEAN_WEIGHTS: tuple[float, ...] = tuple(np.arange(0.05, 1.0, 0.05).round(2).tolist())
 REALISED_RECALL = 0.6
 DRAWS = 200
 GPU_JOBS = 8  # runs side by side on one GPU; a step is bound by launches
+PARTS = ("train", "traffic", "test")
 SYSTEMS = ("ours", "trees", "fixed_mean")
 COLUMNS = {name: FRAUD.outputs.index(name) for name in ("logit", "tree_logit", "sequence_logit")}
 
@@ -66,20 +66,24 @@ class Job:
 
     @property
     def label(self) -> str:
+        """What progress lines call it."""
         return f"fold {self.start} seed {self.seed}"
 
     @property
     def result(self) -> Path:
+        """The file that holds its outputs once it is done."""
         return self.folder / f"run-{self.start}-{self.seed}.npz"
 
 
 def save_examples(path: Path, examples: Examples) -> None:
+    """Write examples; the file appears whole or not at all."""
     partial = path.with_name(f"partial-{path.name}")
     np.savez(partial, **{field.name: getattr(examples, field.name) for field in fields(Examples)})
     partial.rename(path)
 
 
 def load_examples(path: Path) -> Examples:
+    """Read what ``save_examples`` wrote."""
     with np.load(path, allow_pickle=False) as stored:
         return Examples(**{field.name: stored[field.name] for field in fields(Examples)})
 
@@ -90,9 +94,8 @@ def run(job: Job) -> Path:
         return job.result
     torch.set_num_threads(job.threads)
     started = time.monotonic()
-    train = load_examples(job.folder / f"train-{job.start}.npz")
-    test = load_examples(job.folder / f"test-{job.start}.npz")
-    model = fit_model(train, job.seed, job.device, TrainSettings(), "base", job.label)
+    train, traffic, test = (load_examples(part_path(job.folder, p, job.start)) for p in PARTS)
+    model = fit_model(train, traffic, Fit(job.seed, job.device, job.label))
     outputs, load_LE = predict(model, FRAUD.name, test.batch(job.device))
     picked = outputs[:, list(COLUMNS.values())].double().cpu().numpy()
     partial = job.result.with_name(f"partial-{job.result.name}")
@@ -102,17 +105,25 @@ def run(job: Job) -> Path:
     return job.result
 
 
+def part_path(folder: Path, part: str, start: str) -> Path:
+    """Return where a fold's example set lies."""
+    return folder / f"{part}-{start}.npz"
+
+
 def prepare(dataset: Dataset, fold: Fold, folder: Path) -> None:
-    """Write a fold's training and test examples, unless they are there."""
-    train, test = (folder / f"{part}-{fold.start}.npz" for part in ("train", "test"))
-    if not train.exists():
-        start = fold.train_start(dataset.ledger.first_day)
-        save_examples(train, dataset.training_examples(start, fold.train_end, seed=0))
-    if not test.exists():
-        rows = fold.test_rows(dataset.ledger)
-        ensemble = dataset.ensemble(fold.train_start(dataset.ledger.first_day), fold.train_end)
-        answers = dataset.tree_answers(ensemble, rows)
-        save_examples(test, dataset.examples(rows, answers, np.ones(rows.size, np.float32)))
+    """Write a fold's example sets, unless they are there."""
+    first, stop = fold.train_start(dataset.ledger.first_day), fold.train_end
+    makers: Mapping[str, Callable[[], Examples]] = {
+        "train": lambda: dataset.training_examples(first, stop, seed=0),
+        "traffic": lambda: dataset.traffic_examples(first, stop, seed=0),
+        "test": lambda: dataset.judged(
+            fold.test_rows(dataset.ledger), dataset.ensemble(first, stop)
+        ),
+    }
+    for part in PARTS:
+        path = part_path(folder, part, fold.start)
+        if not path.exists():
+            save_examples(path, makers[part]())
 
 
 def _jobs(start: str, num_seeds: int, args: argparse.Namespace, folder: Path) -> Iterator[Job]:
@@ -182,6 +193,7 @@ class Report:
         )
 
     def test_set(self, start: str, seed: int) -> TestSet:
+        """Return the scores of every system on one test fold."""
         scores = fold_scores(self.folder, start, seed)
         systems = {
             "ours": scores["logit"],
@@ -192,6 +204,7 @@ class Report:
         return TestSet(self.ledger, self.rows[start], systems)
 
     def seed_figures(self, seed: int) -> dict[str, Any]:
+        """Return what one seed reaches over the test folds."""
         sets = [self.test_set(start, seed) for start in TEST_STARTS]
         per_system = {
             name: [metrics(s.scores[name], self.ledger, s.rows) for s in sets]
@@ -228,6 +241,7 @@ class Report:
         return [round(value, 4) for value in values]
 
     def dead_experts(self) -> int:
+        """Return how many experts, over all runs and layers, got no token at all."""
         dead = 0
         for start in TEST_STARTS:
             for seed in range(self.num_seeds):
@@ -237,6 +251,7 @@ class Report:
         return dead
 
     def figures(self) -> dict[str, Any]:
+        """Return everything the JSON file holds, means over seeds first."""
         seeds = [self.seed_figures(seed) for seed in range(self.num_seeds)]
         mean = {name: _average([s["summary"][name] for s in seeds]) for name in seeds[0]["summary"]}
         return {
@@ -256,6 +271,7 @@ class Report:
         }
 
     def fold_figures(self, index: int, seeds: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return one test fold's size, means over seeds, and utilisation."""
         start = TEST_STARTS[index]
         fraud = self.ledger.fraud[self.rows[start]]
         systems = {n: _average([s["folds"][n][index] for s in seeds]) for n in SYSTEMS}

@@ -45,6 +45,7 @@ class Ledger:
 
     @property
     def first_day(self) -> int:
+        """Epoch day of the first row."""
         return int(self.day.min())
 
 
@@ -56,6 +57,7 @@ class Fold:
 
     @property
     def start_day(self) -> int:
+        """Epoch day on which the training week begins."""
         moment = datetime.combine(date.fromisoformat(self.start), datetime.min.time(), UTC)
         return int(moment.timestamp() * 1000) // DAY_MS
 
@@ -65,6 +67,7 @@ class Fold:
         return self.start_day + TRAIN_DAYS
 
     def train_start(self, first_day: int) -> int:
+        """Return the first day of training on a table that begins on ``first_day``."""
         return max(first_day + WARM_UP_DAYS, self.train_end - HISTORY_DAYS)
 
     def test_rows(self, ledger: Ledger) -> Ints:
@@ -186,4 +189,5 @@ def _draw_cards(cards: Ints, generator: np.random.Generator) -> Ints:
     drawn = generator.integers(0, starts.size, starts.size)
     lengths = sizes[drawn]
     shift = np.repeat(starts[drawn] - (np.cumsum(lengths) - lengths), lengths)
-    return order[np.arange(int(lengths.sum())) + shift]
+    rows: Ints = order[np.arange(int(lengths.sum())) + shift]
+    return rows

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +33,20 @@ from core_model.config import PRESETS
 from core_model.model import MoETransformer
 from core_model.packing import RaggedBatch
 from core_model.tabular import TabularAdapter
-from core_model.training import TrainSettings, predict, rebalance_task, train_task
+from core_model.training import (
+    TrainSettings,
+    WeightedSample,
+    predict,
+    rebalance_task,
+    train_task,
+)
 from core_model.trees import ensemble_from_xgboost
 from kernels.trees import TreeEnsemble, tree_ensemble
 
 Ints = NDArray[np.int64]
 Floats32 = NDArray[np.float32]
-RECENT_DAYS = 28
+TRAFFIC_DAYS = 14  # two whole weeks: the load of a weekday is not that of a Sunday
+TRAFFIC_ROWS = 24_000
 CHUNK = 20_000  # rows of the tree expert at once
 LOGIT = FRAUD.outputs.index("logit")
 SEQUENCE_LOGIT = FRAUD.outputs.index("sequence_logit")
@@ -56,7 +63,6 @@ class Examples:
         tree: Tree logit (NaN = withheld) and contributions, float32 [M, 1 + C].
         fraud: float32 [M].
         weight: How many rows of traffic each stands for, float32 [M].
-        recent: Of the last four weeks: what the traffic to come looks like, bool [M].
     """
 
     rows: Ints
@@ -66,9 +72,9 @@ class Examples:
     tree: Floats32
     fraud: Floats32
     weight: Floats32
-    recent: NDArray[np.bool_]
 
     def batch(self, device: str) -> RaggedBatch:
+        """Return them as one packed batch on a device."""
         extras = {"context": _tensor(self.context, device), "tree": _tensor(self.tree, device)}
         return RaggedBatch(_tensor(self.history, device), _tensor(self.offsets, device), extras)
 
@@ -110,6 +116,7 @@ class Dataset:
         return torch.cat(parts).numpy()
 
     def examples(self, rows: Ints, tree: Floats32, weight: Floats32) -> Examples:
+        """Return these rows of the table, with tree answers and weights, ready for the model."""
         features = self._history.features(rows, self._wide)
         return Examples(
             rows=rows,
@@ -119,7 +126,6 @@ class Dataset:
             tree=tree,
             fraud=self.ledger.fraud[rows].astype(np.float32),
             weight=weight,
-            recent=self.ledger.day[rows] > self.ledger.day[rows].max() - RECENT_DAYS,
         )
 
     def training_examples(self, start: int, stop: int, seed: int) -> Examples:
@@ -140,14 +146,40 @@ class Dataset:
         joined = np.concatenate(weights).astype(np.float32)
         return self.examples(np.concatenate(rows), np.concatenate(trees), joined)
 
+    def traffic_examples(self, start: int, stop: int, seed: int) -> Examples:
+        """Return rows of the last training days as they come, with the served trees' answers."""
+        generator = np.random.default_rng(seed)
+        day = self.ledger.day
+        days = np.flatnonzero((day >= stop - TRAFFIC_DAYS) & (day < stop))
+        rows = np.sort(generator.permutation(days)[:TRAFFIC_ROWS])
+        return self.judged(rows, self.ensemble(start, stop))
 
-def fit_model(
-    examples: Examples, seed: int, device: str, settings: TrainSettings, preset: str, label: str
-) -> MoETransformer:
-    """Train sequence experts and gate; the trees are still to be installed."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    model = MoETransformer(PRESETS[preset], [FRAUD.name]).to(device)
+    def judged(self, rows: Ints, ensemble: TreeEnsemble) -> Examples:
+        """Return rows with the answers of one ensemble and equal weights."""
+        answers = self.tree_answers(ensemble, rows)
+        return self.examples(rows, answers, np.ones(rows.size, np.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How one model is to be trained."""
+
+    seed: int
+    device: str
+    label: str
+    settings: TrainSettings = field(default_factory=TrainSettings)
+    preset: str = "base"
+
+
+def fit_model(examples: Examples, traffic: Examples, fit: Fit) -> MoETransformer:
+    """Train sequence experts and gate, then balance the experts on the traffic.
+
+    The trees are still to be installed.
+    """
+    device = fit.device
+    torch.manual_seed(fit.seed)
+    generator = torch.Generator().manual_seed(fit.seed)
+    model = MoETransformer(PRESETS[fit.preset], [FRAUD.name]).to(device)
     batch = examples.batch(device)
     adapter = model.adapters[FRAUD.name]
     if isinstance(adapter, TabularAdapter):
@@ -167,16 +199,17 @@ def fit_model(
         return torch.stack(entropies).sum()
 
     def progress(step: int, steps: int, value: float) -> None:
-        print(f"\r{label}: step {step}/{steps}, loss {value:.4f}", end="", file=sys.stderr)
+        print(f"\r{fit.label}: step {step}/{steps}, loss {value:.4f}", end="", file=sys.stderr)
 
-    train_task(model, FRAUD.name, batch, weight_B, loss, settings, generator, progress)
-    recent_B = _tensor(examples.recent, device) & ~torch.isnan(batch.extras["tree"][:, 0])
-    rebalance_task(model, FRAUD.name, batch, weight_B * recent_B, settings, generator)
+    sample = WeightedSample(FRAUD.name, batch, weight_B)
+    train_task(model, sample, loss, fit.settings, generator, progress)
+    rebalance_task(model, FRAUD.name, traffic.batch(device))
     print(file=sys.stderr)
     return model
 
 
 def num_threads() -> int:
+    """Return the cores this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -198,13 +231,12 @@ def main(args: argparse.Namespace) -> int:
     stop = last_day - 13  # a week of delay, then a week to report on
     start = max(dataset.ledger.first_day + WARM_UP_DAYS, stop - HISTORY_DAYS)
     examples = dataset.training_examples(start, stop, args.seed)
-    model = fit_model(examples, args.seed, args.device, TrainSettings(), "base", "fraud")
+    traffic = dataset.traffic_examples(start, stop, args.seed)
+    model = fit_model(examples, traffic, Fit(args.seed, args.device, "fraud"))
     ensemble = dataset.ensemble(start, stop)
-    held_out = np.flatnonzero(dataset.ledger.day >= stop + 7)
-    answers = dataset.tree_answers(ensemble, held_out)
-    test = dataset.examples(held_out, answers, np.ones(held_out.size, np.float32))
+    test = dataset.judged(np.flatnonzero(dataset.ledger.day >= stop + 7), ensemble)
     outputs, load_LE = predict(model, FRAUD.name, test.batch(args.device))
-    figures = _figures(outputs.cpu().numpy(), dataset.ledger.fraud[held_out])
+    figures = _figures(outputs.cpu().numpy(), test.fraud > 0)
     figures["utilisation_min"] = float(utilisation(load_LE).min())
     adapter = model.cpu().adapters[FRAUD.name]
     if isinstance(adapter, TabularAdapter):

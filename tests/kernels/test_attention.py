@@ -21,7 +21,15 @@ PATTERNS = [
     AttentionPattern(window=6, num_global=2),
     AttentionPattern(window=40, num_global=3),
 ]
-OFFSETS = [[0, 4, 8, 12, 16], [0, 1, 4, 4, 9, 38], [0, 97], [0, 70, 140]]
+OFFSETS = [
+    [0, 4, 8, 12, 16],
+    [0, 1, 4, 4, 9, 38],
+    [0, 1, 3, 4, 6, 7, 9],  # one and two positions, as transactions have
+    [0, 1, 2, 3],
+    [0, 2, 4, 6],
+    [0, 97],
+    [0, 70, 140],
+]
 
 
 def draw(num_rows: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,7 +138,7 @@ def test_order_of_sequences_does_not_matter(
 
 
 @pytest.mark.parametrize("pattern", [FULL, PATTERNS[3]], ids=str)
-@pytest.mark.parametrize("offsets", [[0, 4, 8], [0, 3, 8, 19]], ids=str)
+@pytest.mark.parametrize("offsets", [[0, 4, 8], [0, 3, 8, 19], [0, 1, 3, 4, 6], [0, 2, 4]], ids=str)
 def test_gradients_agree(
     pattern: AttentionPattern, offsets: list[int], assert_near: NearCheck
 ) -> None:
