@@ -41,9 +41,9 @@ class ServiceSettings:
     index: int = 0
     num_workers: int = 1
     reorder_wait_ms: int = 20
-    linger_ms: float = 10.0
+    linger_ms: float = 20.0
     max_poll_records: int = 256
-    max_in_flight: int = 4
+    max_in_flight: int = 2
     max_ahead_ms: int | None = FIVE_MINUTES_MS
     snapshot_period_s: float = 60.0
     state_dir: Path | None = None
