@@ -120,9 +120,9 @@ def make_request() -> MakeRequest:
     return build_request
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def platform_url() -> Iterator[str]:
-    """One local platform for all Ray tests: the tiny model behind Serve, with an HTTP door."""
+    """One local platform for the module, gone before the next one starts Ray: the tiny model behind Serve, with an HTTP door."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
