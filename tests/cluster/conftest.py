@@ -122,7 +122,7 @@ def make_request() -> MakeRequest:
 
 @pytest.fixture(scope="module")
 def platform_url() -> Iterator[str]:
-    """One local platform for the module, gone before the next one starts Ray: the tiny model behind Serve, with an HTTP door."""
+    """The tiny model behind Serve, with an HTTP door; gone before another module starts Ray."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

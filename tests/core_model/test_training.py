@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -58,15 +58,6 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     train_task(model, sample, loss, settings, generator, lambda *_: None)
     return model, losses, before
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums over rows are repeated to the bit by one thread only."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_a_separable_problem_is_learnt(sample: WeightedSample) -> None:

@@ -18,7 +18,7 @@ from apps.fraud.transport import KafkaSettings, KafkaStream
 from benchmarks.fraud_kill import Plan, kill_run
 from benchmarks.fraud_parity import Case, check
 from benchmarks.fraud_rig import offline_digests
-from benchmarks.real_kafka import RealKafka, missing_tools
+from benchmarks.real_kafka import RealKafka
 from cluster.errors import ConfigurationError
 
 pytestmark = [
@@ -26,7 +26,6 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),
-    pytest.mark.skipif(bool(missing_tools()), reason=f"no {' and no '.join(missing_tools())}"),
 ]
 
 
