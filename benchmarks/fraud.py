@@ -24,9 +24,9 @@ from apps.fraud.decision import load_policy
 from apps.fraud.demo import generate_world, progress_line
 from apps.fraud.launch import WorkerPlan, default_schemas, running_service
 from apps.fraud.settings import ServiceSettings
-from apps.fraud.transport import KafkaSettings, KafkaStream, read_options
+from apps.fraud.transport import KafkaSettings, read_options
 from apps.fraud.trial import LoadProcess, Offer, Outcome, run_trial
-from apps.fraud.watch import Watch
+from apps.fraud.watch import Watch, open_watch_stream
 from benchmarks.fraud_rig import NUM_PARTITIONS, make_topics
 from benchmarks.real_kafka import RealKafka
 
@@ -61,7 +61,9 @@ def measure(args: argparse.Namespace, load: "Load | None" = None) -> dict[str, f
         stack.enter_context(
             running_service(plan, args.workers, models=args.models, device=args.device, load=load)
         )
-        watch = Watch(stack.enter_context(closing(KafkaStream(kafka))), topics, from_start=False)
+        watch = Watch(
+            stack.enter_context(closing(open_watch_stream(kafka))), topics, from_start=False
+        )
         offer = Offer(world.stream, args.rate)
         process = LoadProcess(address, args.kafka_config, topics, offer)
         stack.callback(process.stop)

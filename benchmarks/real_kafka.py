@@ -28,7 +28,10 @@ _POM = _ROOT / "pom.xml"
 _MIN_JAVA = 17  # of Kafka 4
 _START_TIMEOUT_S = 90.0  # 4 s on two idle cores
 _JAVA_OPTIONS = (
+    "-Xms512m",
     "-Xmx512m",
+    "-Xmn320m",
+    "-XX:TieredStopAtLevel=1",
     "-XX:+UseSerialGC",  # a heap this small on two cores
     "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
 )
@@ -42,6 +45,7 @@ controller.quorum.voters=1@127.0.0.1:{controller_port}
 listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
 log.dirs={folder}/data
 log.message.timestamp.type=CreateTime
+log.cleaner.enable=false
 auto.create.topics.enable=false
 group.initial.rebalance.delay.ms=0
 offsets.topic.num.partitions=1
@@ -100,7 +104,14 @@ class RealKafka:
             java = ["java", *_JAVA_OPTIONS, "-cp", f"{jars}/*"]
             cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
             _run(
-                [*java, "kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", str(settings)]
+                [
+                    *java,
+                    "kafka.tools.StorageTool",
+                    "format",
+                    f"--cluster-id={cluster_id}",
+                    "-c",
+                    str(settings),
+                ]
             )
             process = stack.enter_context(
                 broker_process(

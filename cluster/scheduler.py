@@ -46,7 +46,7 @@ class Limits:
     """
 
     queue_per_tenant: int = 256
-    max_step_ms: float = 50.0  # what a stream request waits at worst behind a batch step; 25 would
+    max_step_ms: float = 150.0  # what a stream request waits at worst behind a batch step; 25 would
     # split a poll of 100 fraud transactions in two (`base`, one core: 10 ms a step + 0.06 a token)
     deadline_fraction: float = 0.25  # step <= SLO / 4 (facts: between SLO / 3 and SLO / 5)
     floor_share: Mapping[ServiceClass, float] = field(

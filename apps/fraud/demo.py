@@ -27,7 +27,7 @@ from apps.fraud.table import LABEL_COLUMN, write_table
 from apps.fraud.transaction import TransactionSchema
 from apps.fraud.transport import KafkaSettings, KafkaStream, read_options
 from apps.fraud.trial import LoadProcess, Offer, Outcome, run_trial
-from apps.fraud.watch import Answers, Watch
+from apps.fraud.watch import Answers, Watch, open_watch_stream
 from cluster.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def main(args: argparse.Namespace, load: "Load | None" = None) -> int:
             stack.enter_context(running_service(plan, args.workers, models=args.models, load=load))
         offer = Offer(world.stream, args.rate, faults=_FAULTS)
         with phases.measure("stream"):
-            watch_stream = stack.enter_context(closing(KafkaStream(kafka)))
+            watch_stream = stack.enter_context(closing(open_watch_stream(kafka)))
             watch = Watch(watch_stream, topics, from_start=False)
             process = LoadProcess(kafka.bootstrap_servers, kafka_config, topics, offer)
             stack.callback(process.stop)

@@ -2,9 +2,12 @@
 
 Rows are positions in the event log, in the order (time, id).  A row usually goes to the end;
 a late one goes to its place, and the running values behind it are corrected.
-All sums are Python integers, so nothing rounds or overflows.
+Sums are exact: those of squares are Python integers, the others fit 64 bits (amounts are below
+2**40).  Arrays keep a worker's millions of entries out of the garbage collector's walks, which
+took .2 to .4 s each with lists (docs/log.md#stalls).
 """
 
+from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -40,11 +43,11 @@ class Card:
 
     def __init__(self, num_dropped: int = 0) -> None:
         self.num_dropped = num_dropped
-        self.rows: list[int] = []
-        self.times: list[int] = []
-        self.totals = [0]
+        self.rows = array("q")
+        self.times = array("q")
+        self.totals = array("q", [0])
         self.squares = [0]
-        self.peaks = [0]
+        self.peaks = array("q", [0])
 
     def aggregate(self, position: int, time_ms: int, amount: int) -> tuple[int, ...]:
         """Return counts, totals (3 windows each), n, S, maximum, gap and n * Q - S * S."""
@@ -97,8 +100,8 @@ class Terminal:
     __slots__ = ("fraud_ms", "rows", "times")
 
     def __init__(self) -> None:
-        self.rows: list[int] = []
-        self.times: list[int] = []
+        self.rows = array("q")
+        self.times = array("q")
         self.fraud_ms: list[int] = []
 
     def aggregate(self, position: int, time_ms: int) -> tuple[int, ...]:
@@ -127,7 +130,7 @@ class Terminal:
             del self.fraud_ms[bisect_left(self.fraud_ms, time_ms)]
 
 
-def _delayed(times: list[int], time_ms: int, end: int) -> tuple[int, int, int, int]:
+def _delayed(times: Sequence[int], time_ms: int, end: int) -> tuple[int, int, int, int]:
     """Return the number of times up to 7 days ago, and up to 7 days and each window ago."""
     known = bisect_right(times, time_ms - LABEL_DELAY_MS, 0, end)
     day = bisect_right(times, time_ms - _KNOWN_DAY, 0, known)
@@ -164,11 +167,11 @@ def load_cards(memory: Memory) -> list[Card]:
     cards = []
     for sums, start, end in zip(dropped, bounds, bounds[1:], strict=False):
         card, own = Card(sums[COUNT]), amounts[start:end]
-        card.rows, card.times = all_rows[start:end], times[start:end]
+        card.rows, card.times = array("q", all_rows[start:end]), array("q", times[start:end])
         squares = (sums[SQUARES_HIGH] << LOW_BITS) + sums[SQUARES_LOW]
-        card.totals = list(accumulate(own, initial=sums[TOTAL]))
+        card.totals = array("q", accumulate(own, initial=sums[TOTAL]))
         card.squares = list(accumulate((amount * amount for amount in own), initial=squares))
-        card.peaks = list(accumulate(own, max, initial=sums[PEAK]))
+        card.peaks = array("q", accumulate(own, max, initial=sums[PEAK]))
         cards.append(card)
     return cards
 
@@ -181,7 +184,10 @@ def load_terminals(memory: Memory) -> list[Terminal]:
     terminals = []
     for start, end in pairwise(bounds):
         terminal = Terminal()
-        terminal.rows, terminal.times = all_rows[start:end], times[start:end]
+        terminal.rows, terminal.times = (
+            array("q", all_rows[start:end]),
+            array("q", times[start:end]),
+        )
         terminals.append(terminal)
     frauds = np.flatnonzero(events.label == 1)
     for owner, time_ms in zip(

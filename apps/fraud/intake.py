@@ -9,6 +9,7 @@ from apps.fraud.delivery import Step
 from apps.fraud.labels import LabelSchema
 from apps.fraud.ledger import DecisionLedger
 from apps.fraud.merge import EventTimeMerge
+from apps.fraud.pace import Pace
 from apps.fraud.progress import Progress
 from apps.fraud.recovery import Start
 from apps.fraud.rejection import Rejection
@@ -20,7 +21,7 @@ from apps.fraud.transaction import DecodeError, Transaction, TransactionSchema
 _MAX_BUFFERED = 20_000  # records of one partition that wait for the others, before it is held
 _MAX_ADVANCE = 4096  # events per call of the state when few of them need an answer
 _SHORT_POLL_S = 0.005  # while records wait for their turn
-_IDLE_POLL_S = 0.05  # while none does; a stop request is seen within this time
+_IDLE_POLL_S = 0.02  # while none does; kafka-python now and then sleeps through an arrival
 
 
 class Arrival(NamedTuple):
@@ -68,6 +69,7 @@ class Intake:
         self.state = start.state
         self.read = Progress(start.positions)
         self.answered = Progress(start.open_from)
+        self.pace = Pace()
         self._settings = settings
         self._schemas = schemas
         self._open_from = start.open_from
@@ -174,7 +176,7 @@ class Intake:
         """Advance the state by all events whose turn has come; yield what needs answers."""
         waited_ms = now_ms - self._released_at_ms
         is_full = self._merge.num_buffered >= self._settings.max_poll_records
-        if is_full or not 0 <= waited_ms < self._settings.linger_ms:  # clocks may step back
+        if is_full or not 0 <= waited_ms < self.pace.gap_ms:  # clocks may step back
             self._released_at_ms = now_ms
             caught_up = {
                 tp.partition: tp not in self._behind

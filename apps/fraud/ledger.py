@@ -5,6 +5,7 @@ were not committed: their answers stand in the decisions and dead-letter topics.
 """
 
 import json
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
 from apps.fraud.stream import Record, Stream, TopicPartition
@@ -18,14 +19,14 @@ class DecisionLedger:
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
-        self._decisions: dict[int | str, bytes] = {}
+        self._decisions: OrderedDict[int | str, bytes] = OrderedDict()  # finds its oldest at once
         self._answered: set[tuple[str, int, int]] = set()
 
     def remember(self, transaction_id: int | str, decision: bytes) -> None:
         """Keep a decision, and forget the oldest one when full."""
         self._decisions[transaction_id] = decision
         if len(self._decisions) > self._capacity:
-            del self._decisions[next(iter(self._decisions))]
+            self._decisions.popitem(last=False)
 
     def decision_of(self, transaction_id: int | str) -> bytes | None:
         """Return the decision of an id, or None if it is not known any more."""

@@ -8,12 +8,14 @@ has passed its transaction by ``LABEL_LAG_MS``, before it may be seen (7 days).
 """
 
 import argparse
+import gc
 import json
 import random
 import sys
 import time
 import zlib
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +29,9 @@ from apps.fraud.transaction import TransactionSchema
 from apps.fraud.transport import KafkaSettings, KafkaStream, read_options
 
 LABEL_LAG_MS = 5 * 86_400_000  # an investigation takes days, fewer than the 7 of the rule
-_TICK_S = 0.002
+_TICK_S = 0.005
+_LINGER_MS = 10  # part of the measured latency; a request to the broker per message costs more
+_LABEL_LINGER_MS = 250  # nobody waits for a label
 _MALFORMED = (
     b"{not json",
     b'{"TRANSACTION_ID": 1, "TX_DATETIME": "2026-01-01T00:00:00"}',
@@ -128,9 +132,18 @@ def _labels(table: pd.DataFrame, topic: str, num_partitions: int) -> Iterator[Me
             )
 
 
-def send_on_schedule(stream: Stream, messages: Sequence[Message], rate_tx_s: float) -> Sent:
-    """Send messages at a rate of transactions per second, then wait for the broker."""
-    acks: list[Ack] = []
+def send_on_schedule(
+    stream: Stream, messages: Sequence[Message], rate_tx_s: float, labels: Stream | None = None
+) -> Sent:
+    """Send messages at a rate of transactions per second, then wait for the broker.
+
+    Labels go through a stream of their own if there is one.
+
+    Acknowledged messages are forgotten at once: a generator that keeps a hundred thousand of
+    them is stopped by its own garbage collector (docs/log.md#stalls).
+    """
+    acks: deque[Ack] = deque()
+    failed = 0
     elapsed_s = latest_s = 0.0
     begin_s = time.perf_counter()
     for message in messages:
@@ -139,11 +152,15 @@ def send_on_schedule(stream: Stream, messages: Sequence[Message], rate_tx_s: flo
             while (elapsed_s := time.perf_counter() - begin_s) < due_s:
                 time.sleep(min(_TICK_S, due_s - elapsed_s))
         latest_s = max(latest_s, elapsed_s - due_s)
-        acks.append(stream.send(message.out))
+        by = labels if labels is not None and message.is_label else stream
+        acks.append(by.send(message.out))
+        while acks and acks[0].is_done:
+            failed += acks.popleft().exception is not None
     seconds = time.perf_counter() - begin_s
-    while not all(ack.is_done for ack in acks):
-        time.sleep(_TICK_S)
-    failed = sum(ack.exception is not None for ack in acks)
+    for ack in acks:
+        while not ack.is_done:
+            time.sleep(_TICK_S)
+        failed += ack.exception is not None
     num_labels = sum(message.is_label for message in messages)
     transactions = len(messages) - num_labels
     rate = transactions / max(seconds, _TICK_S)
@@ -165,20 +182,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--malformed", type=int, default=0)
     parser.add_argument("--duplicates", type=int, default=0)
     args = parser.parse_args(arguments)
-    options = read_options(args.kafka_config)
-    stream = KafkaStream(KafkaSettings(args.bootstrap_servers, options=options))
+    given = read_options(args.kafka_config)
+    stream, labels = (
+        KafkaStream(KafkaSettings(args.bootstrap_servers, options={"linger_ms": ms, **given}))
+        for ms in (_LINGER_MS, _LABEL_LINGER_MS)
+    )
     topics = Topics(args.transactions_topic, args.labels_topic)
     partitions = len(stream.partitions(topics.transactions))
     faults = Faults(args.malformed, args.duplicates)
     table = TransactionSchema().read_table(args.table)
     messages = encode_table(table, topics, partitions, faults)
+    gc.freeze()  # the messages stay; the collector need not walk them again and again
     first = bisect_left(messages, args.warm_up, key=lambda message: message.due)
-    send_on_schedule(stream, messages[:first], args.rate)
+    send_on_schedule(stream, messages[:first], args.rate, labels)
     if args.warm_up:
         sys.stdin.readline()
     rest = [message._replace(due=message.due - args.warm_up) for message in messages[first:]]
-    sent = send_on_schedule(stream, rest, args.rate)
+    sent = send_on_schedule(stream, rest, args.rate, labels)
     stream.close()
+    labels.close()
     sys.stdout.write(json.dumps(sent._asdict()) + "\n")
     return 0
 

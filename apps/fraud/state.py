@@ -15,6 +15,7 @@ table, bit for bit, for rows and labels that arrive in time.
 Not thread-safe.  Knows no clock and no Kafka.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -55,7 +56,7 @@ class FeatureState:
         self._card_numbers: dict[str, int] = {}
         self._terminal_numbers: dict[str, int] = {}
         self._first_ms: dict[int, int] = {}  # card << 32 | terminal -> first time of the pair
-        self._pending: dict[TransactionId, bool] = {}
+        self._pending: OrderedDict[TransactionId, bool] = OrderedDict()
         self._load(_empty_memory())
 
     @property
@@ -78,7 +79,7 @@ class FeatureState:
             self._pending.pop(label.transaction_id, None)
             self._pending[label.transaction_id] = label.is_fraud
             if len(self._pending) > MAX_PENDING_LABELS:
-                del self._pending[next(iter(self._pending))]
+                self._pending.popitem(last=False)
         else:
             self._set_label(row, is_fraud=label.is_fraud)
 
@@ -129,7 +130,7 @@ class FeatureState:
         state._first_ms = dict(
             zip(arrays["pair"].tolist(), arrays["pair_first_ms"].tolist(), strict=True)
         )
-        state._pending = dict(
+        state._pending = OrderedDict(
             zip(arrays["pending_id"].tolist(), arrays["pending_is_fraud"].tolist(), strict=True)
         )
         events = Events(*(arrays[f"event_{name}"] for name in Events._fields))

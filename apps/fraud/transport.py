@@ -25,7 +25,7 @@ from cluster.errors import ConfigurationError
 
 _CONSUMER: Mapping[str, Any] = {
     "auto_offset_reset": "earliest",
-    "fetch_max_wait_ms": 10,  # the broker gathers this long; few large fetches cost little CPU
+    "fetch_max_wait_ms": 20,  # the broker gathers this long; few large fetches cost little CPU
     "fetch_min_bytes": 16_384,
     "max_partition_fetch_bytes": 131_072,  # a poll takes whole fetches: keeps it to some 1000 rows
     "bootstrap_timeout_ms": 10_000,
