@@ -55,6 +55,7 @@ def measure(args: argparse.Namespace, load: "Load | None" = None) -> dict[str, f
             topics=topics,
             warm_from=world.history,
             state_dir=folder / "state",
+            reorder_wait_ms=args.reorder_wait_ms,
             profile_dir=args.profile and args.profile.resolve(),
         )
         plan = WorkerPlan(kafka, settings, load_policy(), default_schemas())

@@ -67,7 +67,7 @@ def check(
             warm_from = folder / "history.parquet"
             write_table(table[:half], warm_from, TransactionSchema())
         settings = ServiceSettings(
-            topics=topics, warm_from=warm_from, state_dir=folder, max_poll_records=1024
+            topics=topics, warm_from=warm_from, state_dir=folder, max_request_size=1024
         )
         plan = WorkerPlan(kafka, settings, load_policy(), default_schemas())
         stack.enter_context(running_workers(plan, case.num_workers, with_model=with_model))

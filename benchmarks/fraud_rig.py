@@ -115,7 +115,7 @@ class Collector:
 
     def read(self, timeout_s: float = 0.1) -> int:
         """Take in what has come; return the number of answers."""
-        runs = self._stream.poll(timeout_s, 5000)
+        runs = self._stream.poll(timeout_s)
         for run in runs:
             for record in run:
                 if record.topic == self._topics.dead_letters:

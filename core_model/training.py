@@ -133,7 +133,16 @@ def train_task(
         settings: Hyper-parameters.
         generator: CPU generator; fixes the order of the sequences.
         progress: Called with (step, number of steps, loss) every 20 steps.
+
+    Raises:
+        ValueError: The sample does not fill one step.
     """
+    if sample.batch.num_sequences < settings.batch_size:
+        message = (
+            f"training of {sample.task}: expected at least {settings.batch_size} sequences, "
+            f"got {sample.batch.num_sequences}; bring more or make batch_size smaller"
+        )
+        raise ValueError(message)
     steps = settings.epochs * (sample.batch.num_sequences // settings.batch_size)
     optimizer, schedule = _optimizer(model, settings, steps)
     average = WeightAverage(model, settings.average_decay)

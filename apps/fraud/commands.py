@@ -78,7 +78,7 @@ def _add_run(commands: Subparsers) -> None:
         "--snapshot-s", type=float, default=_DEFAULTS.snapshot_period_s, help="snapshot period"
     )
     parser.add_argument("--reorder-wait-ms", type=int, default=_DEFAULTS.reorder_wait_ms)
-    parser.add_argument("--max-poll-records", type=int, default=_DEFAULTS.max_poll_records)
+    parser.add_argument("--max-request-size", type=int, default=_DEFAULTS.max_request_size)
     parser.add_argument("--max-in-flight", type=int, default=_DEFAULTS.max_in_flight)
     parser.add_argument(
         "--replay", action="store_true", help="accept event times ahead of the record's timestamp"
@@ -196,7 +196,8 @@ def _add_bench(subparsers: Subparsers) -> None:
         "--bootstrap-servers", metavar="HOST:PORT[,...]", help="default: starts Apache Kafka"
     )
     parser.add_argument("--kafka-config", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--rate", type=float, default=1500.0, metavar="TX_S")
+    parser.add_argument("--rate", type=float, default=1525.0, metavar="TX_S")
+    parser.add_argument("--reorder-wait-ms", type=int, default=_DEFAULTS.reorder_wait_ms)
     parser.add_argument("--seconds", type=float, default=60.0, help="measured part")
     parser.add_argument("--settle", type=float, default=10.0, help="seconds that are not measured")
     parser.add_argument("--workers", type=int, default=1, metavar="N")

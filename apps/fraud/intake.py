@@ -98,7 +98,7 @@ class Intake:
         else:
             held = [TopicPartition(topic, p) for p in self._merge.paused()]
         stream.pause(held)
-        runs = stream.poll(self._wait_s(), self._settings.max_poll_records)
+        runs = stream.poll(self._wait_s())
         return Polled(runs, frozenset(tp for tp in self._partitions if stream.has_more(tp)))
 
     def take(self, polled: Polled) -> None:
@@ -175,7 +175,7 @@ class Intake:
     def steps(self, now_ms: int) -> Iterator[Step]:
         """Advance the state by all events whose turn has come; yield what needs answers."""
         waited_ms = now_ms - self._released_at_ms
-        is_full = self._merge.num_buffered >= self._settings.max_poll_records
+        is_full = self._merge.num_buffered >= self._settings.max_request_size
         if is_full or not 0 <= waited_ms < self.pace.gap_ms:  # clocks may step back
             self._released_at_ms = now_ms
             caught_up = {
@@ -201,7 +201,7 @@ class Intake:
         transactions: list[Transaction] = []
         wanted: list[bool] = []
         taken: set[int | str] = set()
-        limit = self._settings.max_poll_records
+        limit = self._settings.max_request_size
         while self._ready and len(step.records) < limit and len(transactions) < _MAX_ADVANCE:
             transaction, record, is_wanted = self._ready.popleft()
             self.read.settle(TopicPartition(record.topic, record.partition), record.offset)

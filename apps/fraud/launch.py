@@ -113,7 +113,7 @@ def run_command(args: argparse.Namespace) -> int:
     settings = ServiceSettings(
         topics=topics,
         reorder_wait_ms=args.reorder_wait_ms,
-        max_poll_records=args.max_poll_records,
+        max_request_size=args.max_request_size,
         max_in_flight=args.max_in_flight,
         max_ahead_ms=None if args.replay else FIVE_MINUTES_MS,
         snapshot_period_s=args.snapshot_s,

@@ -13,6 +13,8 @@ from typing import NamedTuple
 from apps.fraud.stream import Ack, Outgoing, Record, TopicPartition
 from cluster.errors import ConfigurationError
 
+_RUN = 64  # records of a partition per poll
+
 
 class MemoryRecord(NamedTuple):
     """One stored message."""
@@ -107,22 +109,21 @@ class MemoryStream:
         """Read these partitions from these offsets on."""
         self._positions = dict(positions)
 
-    def poll(self, timeout_s: float, max_records: int) -> list[Sequence[Record]]:
+    def poll(self, timeout_s: float) -> list[Sequence[Record]]:
         """Return new records, one run per partition, or nothing in time."""
-        runs = self._take(max_records)
+        runs = self._take()
         if not runs and timeout_s > 0:
             with self.log.grown:
                 self.log.grown.wait(timeout_s)
-            runs = self._take(max_records)
+            runs = self._take()
         return runs
 
-    def _take(self, max_records: int) -> list[Sequence[Record]]:
+    def _take(self) -> list[Sequence[Record]]:
         runs: list[Sequence[Record]] = []
-        share = max(1, max_records // max(1, len(self._positions)))
         for tp, position in self._positions.items():
             if tp in self._paused:
                 continue
-            run = list(islice(self.log.records[tp], position, position + share))
+            run = list(islice(self.log.records[tp], position, position + _RUN))
             if run:
                 runs.append(run)
                 self._positions[tp] = position + len(run)

@@ -25,7 +25,7 @@ class ServiceSettings:
         index: This worker; it answers partitions p with p % num_workers == index.
         num_workers: Workers that share the partitions.
         reorder_wait_ms: How long a record waits for earlier events of other partitions.
-        max_poll_records: Records per poll and transactions per request, at most.
+        max_request_size: Transactions per request, at most.
         max_in_flight: Requests that may be computed at once.
         max_ahead_ms: How far event time may run ahead of the record's timestamp;
             None for replays.
@@ -40,7 +40,7 @@ class ServiceSettings:
     index: int = 0
     num_workers: int = 1
     reorder_wait_ms: int = 20
-    max_poll_records: int = 256
+    max_request_size: int = 256
     max_in_flight: int = 2
     max_ahead_ms: int | None = FIVE_MINUTES_MS
     snapshot_period_s: float = 60.0

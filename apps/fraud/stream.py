@@ -94,8 +94,11 @@ class Stream(Protocol):
         """Read these partitions from these offsets on."""
         ...
 
-    def poll(self, timeout_s: float, max_records: int) -> list[Sequence[Record]]:
-        """Return new records, one run of rising offsets per partition, or nothing in time."""
+    def poll(self, timeout_s: float) -> list[Sequence[Record]]:
+        """Return new records, one run of rising offsets per partition, or nothing in time.
+
+        How many is the stream's affair; ``pause`` is how a reader holds it back.
+        """
         ...
 
     def has_more(self, partition: TopicPartition) -> bool:

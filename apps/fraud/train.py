@@ -11,8 +11,10 @@ import json
 import os
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pandas as pd
@@ -97,13 +99,15 @@ class Dataset:
         self._history = HistoryIndex(table)
         self._trees = trees
         self._threads = threads
+        self._fitting: defaultdict[Path, Lock] = defaultdict(Lock)
         trees.mkdir(parents=True, exist_ok=True)
 
     def ensemble(self, start: int, end: int) -> TreeEnsemble:
-        """Return the trees fitted on the days [start, end)."""
+        """Return the trees fitted on the days [start, end); threads wait for one another's."""
         days = (self.ledger.day >= start) & (self.ledger.day < end)
         path = self._trees / f"trees-{start}-{end}.json"
-        fit_trees(self.context, self.ledger.fraud, days, path, self._threads)
+        with self._fitting[path]:
+            fit_trees(self.context, self.ledger.fraud, days, path, self._threads)
         return ensemble_from_xgboost(json.loads(path.read_text("utf-8")), NUM_CONTEXT)
 
     def tree_answers(self, ensemble: TreeEnsemble, rows: Ints) -> Floats32:
@@ -242,7 +246,7 @@ def main(args: argparse.Namespace) -> int:
     if isinstance(adapter, TabularAdapter):
         adapter.set_ensemble(ensemble)
     flag = "--simulate" if args.simulate else f"--data {args.data.name}"
-    command = f"trimoe fraud train {flag} --seed {args.seed} --out {args.out.name}"
+    command = f"trimoe fraud train {flag} --seed {args.seed} --out {_as_given(args.out)}"
     manifest = save_checkpoint(
         args.out,
         model,
@@ -256,6 +260,11 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _as_given(path: Path) -> str:
+    """Return a path for a manifest; of an absolute one, which is a machine's own, the name."""
+    return path.name if path.is_absolute() else path.as_posix()
 
 
 def _figures(outputs: NDArray[np.float32], fraud: NDArray[np.bool_]) -> dict[str, float]:

@@ -211,10 +211,10 @@ class KafkaStream:
             self._consumer.seek(KafkaPartition(*tp), offset)
         self._positions = dict(positions)
 
-    def poll(self, timeout_s: float, max_records: int) -> list[Sequence[Record]]:
+    def poll(self, timeout_s: float) -> list[Sequence[Record]]:
         """Return new records, one run per partition, or nothing in time.
 
-        Whole fetches, whatever ``max_records`` says: when kafka-python 3.0 pauses a partition
+        Whole fetches: when kafka-python 3.0 pauses a partition
         of which a fetch is half consumed, it may never hand out the rest after the resume.
         """
         self._send_commits()

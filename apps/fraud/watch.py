@@ -18,7 +18,6 @@ from apps.fraud.settings import Topics
 from apps.fraud.stream import Record, Stream, TopicPartition
 from apps.fraud.transport import KafkaSettings, KafkaStream
 
-_MAX_RECORDS = 2000
 # Latency lies between Kafka's timestamps, so a reader may come late; a few large fetches leave
 # the processors to what is measured.
 LAZY_FETCH: Mapping[str, Any] = {"fetch_max_wait_ms": 500, "fetch_min_bytes": 1 << 20}
@@ -90,7 +89,7 @@ class Watch:
 
     def read(self, timeout_s: float) -> int:
         """Take in what has come; return the number of answers."""
-        runs = self._stream.poll(timeout_s, _MAX_RECORDS)
+        runs = self._stream.poll(timeout_s)
         for run in runs:
             take = self._decision if run[0].topic == self._topics.decisions else self._dead_letter
             for record in run:

@@ -133,3 +133,11 @@ def test_predictions_do_not_depend_on_the_chunks(
     assert torch.equal(load_of_pieces_LE, load_LE)
     tokens = 3 * 20
     assert load_LE.sum(dim=1).tolist() == [tokens * model.config.num_chosen] * 2
+
+
+def test_a_sample_smaller_than_a_step_is_refused(sample: WeightedSample) -> None:
+    model = MoETransformer(PRESETS["tiny"], [FRAUD.name])
+    settings = replace(SETTINGS, batch_size=201)
+    generator = torch.Generator()
+    with pytest.raises(ValueError, match="at least 201 sequences, got 200"):
+        train_task(model, sample, lambda out, _: out.sum(), settings, generator, print)
