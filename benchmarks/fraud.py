@@ -11,6 +11,7 @@ import csv
 import json
 import os
 import platform as machine
+import shutil
 import subprocess
 import sys
 import time
@@ -108,6 +109,8 @@ def append_row(folder: Path, figures: dict[str, float], setting: dict[str, objec
 
 
 def _commit() -> str:
+    if shutil.which("git") is None:
+        return "none"
     command = ["git", "rev-parse", "--short", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - git
     return done.stdout.strip() or "none"
