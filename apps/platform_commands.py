@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from cluster.errors import ConfigurationError, TrimoeError
-from cluster.registry import find_model, list_models
+from cluster.registry import Registry
 
 PACKAGES: Final = ("apps", "cluster", "core_model", "kernels")
 REQUIRED: Final = {"numpy": "the base", "ray": "[platform]", "torch": "[platform]"}
@@ -69,7 +69,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", type=Path, default=Path("models"), help="models directory")
+    parser.add_argument("--models", default="models", help="models directory or URL")
 
 
 def run_serve(args: argparse.Namespace) -> int:
@@ -77,7 +77,7 @@ def run_serve(args: argparse.Namespace) -> int:
     from cluster import platform  # noqa: PLC0415 - brings Ray
 
     config = platform.PlatformConfig(
-        models_dir=args.models,
+        models=args.models,
         model=args.model,
         host=args.host,
         port=args.port,
@@ -119,20 +119,19 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_models_list(args: argparse.Namespace) -> int:
     """Print one line per model."""
-    for entry in list_models(args.models):
+    for entry in Registry(args.models).models():
         _say(f"{entry.name:20} {entry.version:24} {', '.join(entry.tasks)}")
     return 0
 
 
 def run_models_show(args: argparse.Namespace) -> int:
     """Print a manifest and whether the weights match it."""
-    entry = find_model(args.models, args.name)
-    entry.verify()
+    entry = Registry(args.models).fetch(args.name)
     _say(json.dumps(entry.manifest, indent=2, sort_keys=True))
     return 0
 
 
-def _findings(models_dir: Path) -> Iterator[Finding]:
+def _findings(models: str) -> Iterator[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
     yield Finding(sys.version_info >= (3, 11), "python", f"{version} (3.11 or later)")
     for name, extra in REQUIRED.items():
@@ -141,7 +140,7 @@ def _findings(models_dir: Path) -> Iterator[Finding]:
     for name in OPTIONAL:
         yield Finding(True, name, _version_of(name) or "not installed (optional)")
     yield from _package_owners()
-    yield from _weights(models_dir)
+    yield from _weights(models)
     for tool in ("java", "mvn"):
         path = shutil.which(tool)
         yield Finding(True, tool, path or "not found: tests with real Apache Kafka are skipped")
@@ -164,13 +163,14 @@ def _package_owners() -> Iterator[Finding]:
         yield Finding(not others, package, detail)
 
 
-def _weights(models_dir: Path) -> Iterator[Finding]:
+def _weights(models: str) -> Iterator[Finding]:
+    registry = Registry(models)
     try:
-        entries = list_models(models_dir)
+        entries = registry.models()
         if not entries:
-            yield Finding(False, "models", f"none in {models_dir}")
+            yield Finding(False, "models", f"none in {models}")
         for entry in entries:
-            entry.verify()
+            registry.fetch(entry.name)
             yield Finding(True, "models", f"{entry.name} {entry.version}: weights match")
     except TrimoeError as error:
         yield Finding(False, "models", str(error))

@@ -32,10 +32,10 @@ from benchmarks.fraud_rig import NUM_PARTITIONS, make_topics
 from benchmarks.real_kafka import RealKafka
 
 if TYPE_CHECKING:
-    from cluster.loading import Load
+    from cluster.loading import ModelSource
 
 
-def measure(args: argparse.Namespace, load: "Load | None" = None) -> dict[str, float]:
+def measure(args: argparse.Namespace, source: "ModelSource | None" = None) -> dict[str, float]:
     """Run one measurement and return its figures."""
     options = {
         **(EMBEDDED_CLIENT_OPTIONS if args.embedded else {}),
@@ -61,7 +61,9 @@ def measure(args: argparse.Namespace, load: "Load | None" = None) -> dict[str, f
         )
         plan = WorkerPlan(kafka, settings, load_policy(), default_schemas())
         stack.enter_context(
-            running_service(plan, args.workers, models=args.models, device=args.device, load=load)
+            running_service(
+                plan, args.workers, models=args.models, device=args.device, source=source
+            )
         )
         watch = Watch(
             stack.enter_context(closing(open_watch_stream(kafka))), topics, from_start=False
@@ -116,16 +118,16 @@ def _commit() -> str:
     return done.stdout.strip() or "none"
 
 
-def main(args: argparse.Namespace, load: "Load | None" = None) -> int:
+def main(args: argparse.Namespace, source: "ModelSource | None" = None) -> int:
     """Run ``trimoe bench fraud``; the last line is one JSON object."""
-    figures = measure(args, load)
+    figures = measure(args, source)
     broker = "embedded" if args.embedded else (args.bootstrap_servers and "given") or "apache-kafka"
     setting = {
         "broker": broker,
         "partitions": NUM_PARTITIONS,
         "workers": args.workers,
         "device": args.device,
-        "model": str(args.models or "shipped") if load is None else "injected",
+        "model": str(args.models or "shipped") if source is None else "injected",
     }
     path = append_row(args.results or Path(__file__).parent / "results", figures, setting)
     print(f"\nevent time is compressed to the offered rate; row appended to {path.name}")

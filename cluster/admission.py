@@ -12,11 +12,17 @@ from numpy.typing import NDArray
 
 from cluster.errors import InvalidRequestError
 from cluster.schemas import InferRequest
+from cluster.work import Work
 from core_model.tasks import ExtraSpec, TaskSpec
 
 
-def admit(request: InferRequest, tasks: Mapping[str, TaskSpec]) -> NDArray[np.int64]:
-    """Return the tokens of each sequence, int64 [B], of a request that fits its task.
+def admit(request: InferRequest, tasks: Mapping[str, TaskSpec], num_layers: int) -> Work:
+    """Return the pieces of a request that fits its task.
+
+    Args:
+        request: Checked where it was built.
+        tasks: What the model serves.
+        num_layers: Of the model; long sequences are cut by layer.
 
     Raises:
         InvalidRequestError: Unknown task, wrong width, missing or unknown extras, a
@@ -31,7 +37,7 @@ def admit(request: InferRequest, tasks: Mapping[str, TaskSpec]) -> NDArray[np.in
         raise _invalid(request, f"extras {sorted(spec.extras)}", sorted(request.extras))
     for name, extra in spec.extras.items():
         _check_extra(request, name, extra)
-    return _count_tokens(request, spec)
+    return Work.cut(_count_tokens(request, spec), spec.chunk_tokens, num_layers)
 
 
 def _check_extra(request: InferRequest, name: str, extra: ExtraSpec) -> None:
@@ -49,7 +55,11 @@ def _count_tokens(request: InferRequest, spec: TaskSpec) -> NDArray[np.int64]:
         raise _invalid(request, f"sequences of 1 to {spec.max_rows} rows", came)
     tokens = spec.count_tokens(rows)
     if tokens.max() > spec.max_tokens:
-        raise _invalid(request, f"at most {spec.max_tokens} tokens a sequence", tokens.max())
+        cut = (
+            f"cut into chunks of {spec.chunk_tokens}" if spec.chunk_tokens else "which is never cut"
+        )
+        expected = f"at most {spec.max_tokens} tokens a sequence of {spec.name}, {cut}"
+        raise _invalid(request, expected, tokens.max())
     return tokens
 
 

@@ -5,7 +5,7 @@ the prior so that it is defined from the first request on and when all steps loo
 alike.  Pure arithmetic: no clock, no ray, no torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,17 +19,14 @@ MIN_TOKEN_MS = 1e-5  # a slope is never zero: budgets stay finite
 
 
 class CostModel:
-    """Milliseconds of a step from its tokens per task."""
+    """Milliseconds of a step from its tokens per task; a task is known from its first step on."""
 
-    def __init__(self, tasks: Sequence[str]) -> None:
-        self._column = {task: 1 + i for i, task in enumerate(tasks)}
-        size = 1 + len(self._column)
-        self._prior = np.full(size, PRIOR_TOKEN_MS * TOKEN_UNIT)
-        self._prior[0] = PRIOR_STEP_MS
-        self._floor = np.full(size, MIN_TOKEN_MS * TOKEN_UNIT)
-        self._floor[0] = 0.0
-        self._gram = np.zeros((size, size))
-        self._moment = np.zeros(size)
+    def __init__(self) -> None:
+        self._column: dict[str, int] = {}
+        self._prior = np.array([PRIOR_STEP_MS])
+        self._floor = np.zeros(1)
+        self._gram = np.zeros((1, 1))
+        self._moment = np.zeros(1)
         self._weights = self._prior
 
     @property
@@ -39,7 +36,8 @@ class CostModel:
 
     def token_ms(self, task: str) -> float:
         """Cost of one more token of this task, ms."""
-        return float(self._weights[self._column[task]]) / TOKEN_UNIT
+        column = self._column.get(task)
+        return PRIOR_TOKEN_MS if column is None else float(self._weights[column]) / TOKEN_UNIT
 
     def predict_ms(self, tokens: Mapping[str, int]) -> float:
         """Return the expected duration of one step, ms."""
@@ -47,6 +45,12 @@ class CostModel:
 
     def observe(self, tokens: Mapping[str, int], elapsed_ms: float) -> None:
         """Learn from one finished step."""
+        for task in tokens.keys() - self._column.keys():
+            self._column[task] = self._prior.size
+            self._prior = np.append(self._prior, PRIOR_TOKEN_MS * TOKEN_UNIT)
+            self._floor = np.append(self._floor, MIN_TOKEN_MS * TOKEN_UNIT)
+            self._gram = np.pad(self._gram, (0, 1))
+            self._moment = np.append(self._moment, 0.0)
         x = np.zeros_like(self._prior)
         x[0] = 1.0
         for task, n in tokens.items():

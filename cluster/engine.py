@@ -1,15 +1,21 @@
 """The engine of a replica: admits requests, runs steps one after another, answers.
 
-The event loop admits and schedules; one executor thread packs, runs torch and splits.
+The event loop admits and schedules; one executor thread packs and launches steps, and on a
+GPU another one waits for them, so that a step is packed while the one before it computes.
 A request that arrives during a step may be part of the next one.  A step that fails is
 run again request by request, so that one bad request does not fail its neighbours.
+
+Versions: a request keeps the version it was admitted with (``cluster.versions``).
 """
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -17,53 +23,72 @@ import numpy as np
 
 from cluster.admission import admit
 from cluster.cost import CostModel
-from cluster.errors import UnavailableError, UnknownModelError
+from cluster.errors import TrimoeError, UnavailableError
+from cluster.loading import LoadedModel
+from cluster.pending import PendingRequests
+from cluster.recorder import NullRecorder, Recorder
 from cluster.scheduler import Job, Limits, Scheduler, Step
-from cluster.schemas import InferRequest, InferResponse, Timings
-from cluster.step import SliceResult, StepRunner, offsets
+from cluster.schemas import InferRequest, InferResponse, ServiceClass, Timings
+from cluster.step import Answer, Pending, offsets
+from cluster.telemetry import Telemetry
+from cluster.versions import STABLE, Aliases, VersionRecord
 from core_model.tasks import TaskSpec
 
-STABLE: Final = "stable"  # the alias of the version that is being served
-WARM_UP_SEQUENCES = (1, 1, 32, 64)  # the first of a task pays one-time set-up and is not learned
-WARM_UP_DEADLINE_MS = 60_000.0
+LOG = logging.getLogger(__name__)
+
+WARM_UP_SEQUENCES: Final = (1, 1, 32, 64)  # the first of a task pays one-time set-up, unlearned
+WARM_UP_ROWS: Final = 64  # of a sequence, at most
+WARM_UP_DEADLINE_MS: Final = 60_000.0
+WARM_UP_TENANT: Final = "warm-up"
+SHADOW_TENANT: Final = "shadow"
+SHADOW_DEADLINE_MS: Final = 10_000.0
+GPU_DEPTH: Final = 2  # steps under way: one computes, one is packed
+
+Load = Callable[[str], LoadedModel]
 
 
 @dataclass(slots=True, eq=False)
-class _Answer:
+class _Progress:
     """What has come out for a job so far."""
 
     started: float
     compute_ms: float = 0.0
-    results: list[SliceResult] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
 
 
 class Engine:
-    """One loaded model behind a scheduler.
+    """Loaded models behind one scheduler.
 
     Args:
-        runner: Runs the steps of the loaded model.
-        version: The model's version, as in its manifest.
+        model: What is stable at first.
         limits: Settings of the scheduler.
+        recorder: Takes measurements.
         clock: Returns now, seconds, monotonic.
     """
 
     def __init__(
         self,
-        runner: StepRunner,
-        version: str,
+        model: LoadedModel,
         *,
         limits: Limits | None = None,
+        recorder: Recorder | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.version = version
-        self._runner = runner
+        self.aliases = Aliases(stable=model.version)
+        self._models = {model.version: model}
+        self._records: defaultdict[str, VersionRecord] = defaultdict(VersionRecord)
         self._clock = clock
-        self._scheduler = Scheduler(CostModel(sorted(runner.tasks)), clock, limits)
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="step")
-        self._answers: WeakKeyDictionary[Job, _Answer] = WeakKeyDictionary()
-        self._warm_tasks: set[str] = set()
+        self._scheduler = Scheduler(CostModel(), clock, limits)
+        self._telemetry = Telemetry(recorder or NullRecorder())
+        self._pending = PendingRequests()
+        self._launcher = ThreadPoolExecutor(1, thread_name_prefix="step")
+        self._collector = ThreadPoolExecutor(1, thread_name_prefix="collect")
+        self._progress: WeakKeyDictionary[Job, _Progress] = WeakKeyDictionary()
+        self._warm_keys: set[str] = set()
+        self._background: set[asyncio.Task[None]] = set()
         self._num_steps = 0
-        self._heartbeat = clock()
+        self._num_failed_in_a_row = 0
+        self._heartbeat = self._step_ended = clock()
         self._loop_task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -71,44 +96,92 @@ class Engine:
         self._loop_task = asyncio.get_running_loop().create_task(self._run_steps())
 
     async def stop(self) -> None:
-        """Fail what waits and end the loop after the step in progress."""
+        """Fail what waits and end the loop after the steps in progress."""
         self._scheduler.close()
         if self._loop_task is not None:
             await self._loop_task
-        self._executor.shutdown(wait=True)
+        for task in self._background:
+            task.cancel()
+        self._launcher.shutdown(wait=True)
+        self._collector.shutdown(wait=True)
 
-    async def warm_up(self) -> None:
+    async def warm_up(self, version: str | None = None) -> None:
         """Run blank requests of every task, so that the cost model starts from measurements."""
-        for spec in self._runner.tasks.values():
+        version = version or self.aliases.stable
+        for spec in self._models[version].runner.tasks.values():
             for num_sequences in WARM_UP_SEQUENCES:
-                await self.infer(_blank_request(spec, num_sequences))
+                await self._answer(_blank_request(spec, num_sequences), version)
+
+    async def follow(self, aliases: Aliases, load: Load) -> None:
+        """Load what aliases name and is not loaded, in a thread, then serve by them.
+
+        Requests under way finish with their version; versions that no alias names are let go.
+
+        Raises:
+            TrimoeError: A version cannot be loaded; everything stays as it was.
+        """
+        for version in aliases.versions:
+            if version not in self._models:
+                self._models[version] = await asyncio.to_thread(load, version)
+                try:
+                    await self.warm_up(version)
+                except TrimoeError:
+                    del self._models[version]
+                    raise
+        LOG.info("aliases: %s", aliases)
+        self.aliases = aliases
+        self._models = {version: self._models[version] for version in aliases.versions}
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Answer one request (see ``cluster.client.Client``).
 
         Raises:
             InvalidRequestError: It does not fit its task.
-            UnknownModelError: Its model version is not the one served.
+            UnknownModelError: Its model version is not served.
             UnavailableError: Back-pressure, deadline, or a step that failed.
         """
-        self._resolve(request.model_version)
-        tokens = admit(request, self._runner.tasks)
-        future: asyncio.Future[InferResponse] = asyncio.get_running_loop().create_future()
-        job = Job(request, tokens, self._clock(), future)
-        self._scheduler.submit(job)
-        return await future
+        version = self.aliases.resolve(request.model_version, request.request_id)
+        try:
+            response = await self._pending.join(request, lambda: self._answer(request, version))
+        except TrimoeError as error:
+            self._telemetry.refused(request, version, error)
+            raise
+        if request.model_version == STABLE and self.aliases.is_shadowed(request.request_id):
+            self._in_background(self._ask_shadow(request, response))
+        return response
 
     def status(self) -> Mapping[str, Any]:
         """Return what is loaded and how busy it is; plain values only."""
+        runner = self._models[self.aliases.stable].runner
+        queued = self._scheduler.queued_tokens
         return {
-            "model_version": self.version,
-            "aliases": [STABLE],
-            "tasks": sorted(self._runner.tasks),
-            "device": self._runner.device,
+            "model_version": self.aliases.stable,
+            "aliases": self.aliases.to_dict(),
+            "versions": {v: self._records[v].report() for v in self._models},
+            "tasks": sorted(runner.tasks),
+            "device": runner.device,
             "waiting": self._scheduler.num_waiting,
+            "queued_tokens": {str(each): tokens for each, tokens in queued.items()},
+            "predicted_delay_ms": round(self._scheduler.predicted_delay_ms, 3),
             "steps": self._num_steps,
             "stalled_s": round(self.stalled_s, 3),
+            "failed_steps_in_a_row": self._num_failed_in_a_row,
         }
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that wait."""
+        return sum(self._scheduler.queued_tokens.values())
+
+    @property
+    def predicted_delay_ms(self) -> float:
+        """Predicted time until everything that waits is done."""
+        return self._scheduler.predicted_delay_ms
+
+    @property
+    def num_failed_in_a_row(self) -> int:
+        """Steps that have failed since the last one that did not."""
+        return self._num_failed_in_a_row
 
     @property
     def stalled_s(self) -> float:
@@ -117,39 +190,112 @@ class Engine:
             return np.inf
         return 0.0 if self._scheduler.is_idle else self._clock() - self._heartbeat
 
-    def _resolve(self, version: str) -> None:
-        if version not in (STABLE, self.version):
-            message = f"model version: expected {STABLE!r} or {self.version!r}, got {version!r}"
-            raise UnknownModelError(message)
+    async def _answer(self, request: InferRequest, version: str) -> InferResponse:
+        model = self._models[version]
+        work = admit(request, model.runner.tasks, model.runner.num_layers)
+        future: asyncio.Future[InferResponse] = asyncio.get_running_loop().create_future()
+        self._scheduler.submit(Job(request, work, self._clock(), future, model))
+        return await future
+
+    async def _ask_shadow(self, request: InferRequest, response: InferResponse) -> None:
+        """Ask the version on trial the same, behind everything else, and compare."""
+        version = self.aliases.shadow
+        if version is None or version not in self._models:
+            return
+        copy = replace(
+            request,
+            tenant=SHADOW_TENANT,
+            service_class=ServiceClass.BATCH,
+            deadline_ms=SHADOW_DEADLINE_MS,
+        )
+        try:
+            shadow = await self._answer(copy, version)
+        except UnavailableError:
+            return  # no room for it: a shadow never costs the others anything
+        spec = self._models[version].runner.tasks[request.task]
+        disagreed = count_disagreements(response, shadow, spec.agree_within)
+        record = self._records[version]
+        record.num_shadowed += request.num_sequences
+        record.num_disagreed += disagreed
+        self._telemetry.shadowed(version, request.num_sequences, disagreed)
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def _run_steps(self) -> None:
+        under_way: set[asyncio.Task[None]] = set()
         while step := await self._scheduler.next_step():
             self._heartbeat = started = self._clock()
-            error = await self._run(step, started)
-            if error is not None and len(step) > 1:
-                for part in step:
-                    self._fail([part], await self._run([part], self._clock()))
-            elif error is not None:
-                self._fail(step, error)
-            elapsed_ms = (self._clock() - started) * 1e3
-            tasks = {part.job.request.task for part in step}
-            is_typical = error is None and tasks <= self._warm_tasks
-            self._scheduler.finish(step, elapsed_ms if is_typical else None)
-            self._warm_tasks |= tasks
-            self._num_steps += 1
-            self._deliver(step)
+            pendings, error = await self._launch(step)
+            finishing = asyncio.create_task(self._finish(step, started, pendings, error))
+            under_way.add(finishing)
+            depth = GPU_DEPTH if any(p.done is not None for p in pendings) else 1
+            while len(under_way) >= depth:
+                _, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+        if under_way:
+            await asyncio.wait(under_way)
 
-    async def _run(self, step: Step, started: float) -> BaseException | None:
-        """Run slices as one step and keep their results; return what went wrong, if anything."""
-        running = asyncio.get_running_loop().run_in_executor(self._executor, self._runner.run, step)
+    async def _launch(self, step: Step) -> tuple[Sequence[Pending], BaseException | None]:
+        """Start a step, version by version; return what went wrong, if anything."""
+
+        def launch() -> list[Pending]:
+            in_order = sorted(step, key=lambda part: id(part.job.model))
+            groups = groupby(in_order, key=lambda part: part.job.model)
+            return [model.runner.launch(list(parts)) for model, parts in groups]
+
+        running = asyncio.get_running_loop().run_in_executor(self._launcher, launch)
         await asyncio.wait([running])
-        if (error := running.exception()) is not None:
+        error = running.exception()
+        return ([], error) if error is not None else (running.result(), None)
+
+    async def _finish(
+        self, step: Step, started: float, pendings: Sequence[Pending], error: BaseException | None
+    ) -> None:
+        """Wait for a step, keep its answers, tell the scheduler and answer what is complete."""
+        if error is None:
+            error = await self._collect(pendings, started)
+        is_healthy = error is None
+        if error is not None and len(step) > 1:
+            for part in step:
+                alone, failed = await self._launch([part])
+                failed = failed or await self._collect(alone, self._clock())
+                self._fail([part], failed)
+                is_healthy = is_healthy or failed is None
+        elif error is not None:
+            self._fail(step, error)
+        now = self._clock()
+        elapsed_ms = (now - max(started, self._step_ended)) * 1e3
+        self._heartbeat = self._step_ended = now
+        keys = {part.job.cost_key for part in step}
+        is_typical = error is None and keys <= self._warm_keys
+        self._scheduler.finish(step, elapsed_ms if is_typical else None)
+        self._warm_keys |= keys
+        self._num_steps += 1
+        self._num_failed_in_a_row = 0 if is_healthy else self._num_failed_in_a_row + 1
+        self._telemetry.step(step, elapsed_ms, self._scheduler)
+        self._deliver(step)
+
+    async def _collect(self, pendings: Sequence[Pending], started: float) -> BaseException | None:
+        """Wait for launched work and keep its answers; return what went wrong, if anything."""
+
+        def collect() -> list[tuple[Job, Sequence[Answer]]]:
+            return [
+                (part.job, answers)
+                for pending in pendings
+                for part, answers in pending.runner.collect(pending).items()
+            ]
+
+        waiting = asyncio.get_running_loop().run_in_executor(self._collector, collect)
+        await asyncio.wait([waiting])
+        if (error := waiting.exception()) is not None:
             return error
         elapsed_ms = (self._clock() - started) * 1e3
-        for part, result in running.result().items():
-            answer = self._answers.setdefault(part.job, _Answer(started))
-            answer.results.append(result)
-            answer.compute_ms += elapsed_ms
+        for job, answers in waiting.result():
+            progress = self._progress.setdefault(job, _Progress(started))
+            progress.answers += answers
+            progress.compute_ms += elapsed_ms
         return None
 
     def _fail(self, step: Step, error: BaseException | None) -> None:
@@ -160,41 +306,64 @@ class Engine:
                     f"{type(error).__name__}: {error!s:.200}"
                 )
                 part.job.future.set_exception(UnavailableError(message))
+                self._records[_version(part.job)].num_failed += 1
 
     def _deliver(self, step: Step) -> None:
-        """Answer the jobs whose last sequence is done and that somebody still awaits."""
+        """Answer the jobs whose last piece is done and that somebody still awaits."""
         for job in (part.job for part in step):
-            if job.num_done == job.request.num_sequences and not job.future.done():
-                job.future.set_result(_respond(job, self._answers[job], self.version))
+            if job.num_done == job.work.num_pieces and not job.future.done():
+                response = _respond(job, self._progress[job])
+                job.future.set_result(response)
+                total_ms = (self._clock() - job.arrived) * 1e3
+                if job.request.tenant not in (SHADOW_TENANT, WARM_UP_TENANT):
+                    record = self._records[response.model_version]
+                    record.num_ok += 1
+                    record.latencies_ms.append(total_ms)
+                self._telemetry.answered(job, response, total_ms)
+
+
+def _version(job: Job) -> str:
+    model = job.model
+    return model.version if isinstance(model, LoadedModel) else "none"
+
+
+def count_disagreements(ours: InferResponse, other: InferResponse, within: float) -> int:
+    """Return how many sequences differ by more than a tolerance in their first output."""
+    if not np.array_equal(ours.cu_seqlens, other.cu_seqlens):
+        return ours.status.size
+    differs = ~(np.abs(ours.outputs[:, 0] - other.outputs[:, 0]) <= within)
+    return int(np.logical_or.reduceat(differs, ours.cu_seqlens[:-1]).sum()) if differs.size else 0
 
 
 def _blank_request(spec: TaskSpec, num_sequences: int) -> InferRequest:
-    num_rows = num_sequences * spec.max_rows
+    rows = min(spec.max_rows, WARM_UP_ROWS)
+    num_rows = num_sequences * rows
     counts = {"sequence": num_sequences, "row": num_rows}
     return InferRequest(
         request_id=f"warm-up-{num_sequences}",
-        tenant="warm-up",
+        tenant=WARM_UP_TENANT,
         task=spec.name,
         features=np.zeros((num_rows, spec.d_task), dtype=np.float32),
-        cu_seqlens=np.arange(0, num_rows + 1, spec.max_rows, dtype=np.int32),
+        cu_seqlens=np.arange(0, num_rows + 1, rows, dtype=np.int32),
         extras={
             name: np.zeros((counts[extra.per], extra.width), dtype=extra.dtype)
             for name, extra in spec.extras.items()
         },
+        service_class=ServiceClass.BATCH,
         deadline_ms=WARM_UP_DEADLINE_MS,
     )
 
 
-def _respond(job: Job, answer: _Answer, version: str) -> InferResponse:
-    results = answer.results
+def _respond(job: Job, progress: _Progress) -> InferResponse:
+    answers = progress.answers
     return InferResponse(
         request_id=job.request.request_id,
-        outputs=np.concatenate([each.outputs for each in results]),
-        cu_seqlens=offsets(np.concatenate([each.lengths for each in results])),
-        status=np.concatenate([each.status for each in results]),
-        model_version=version,
+        outputs=np.concatenate([each.outputs for each in answers]),
+        cu_seqlens=offsets(np.concatenate([each.lengths for each in answers])),
+        status=np.concatenate([each.status for each in answers]),
+        model_version=_version(job),
         timings=Timings(
-            queued_ms=(answer.started - job.arrived) * 1e3, compute_ms=answer.compute_ms
+            queued_ms=(progress.started - job.arrived) * 1e3, compute_ms=progress.compute_ms
         ),
-        tokens_per_expert=np.sum([each.tokens_per_expert for each in results], axis=0),
+        tokens_per_expert=np.sum([each.tokens_per_expert for each in answers], axis=0),
     )

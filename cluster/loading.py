@@ -1,12 +1,14 @@
-"""From a model on disk to something that runs steps: the one place that loads weights."""
+"""From a registry to something that runs steps: the one place that loads weights."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from cluster.errors import CheckpointError
-from cluster.registry import find_model
+from cluster.registry import Registry
 from cluster.step import StepRunner
+from cluster.versions import Aliases
 from core_model.tasks import registered_tasks
 
 
@@ -18,18 +20,66 @@ class LoadedModel:
     version: str
 
 
-Load = Callable[[], LoadedModel]
+class ModelSource(Protocol):
+    """Where a replica gets its models; called in threads, picklable before its first use."""
+
+    def aliases(self) -> Aliases:
+        """Return what is to be served now."""
+        ...
+
+    def load(self, version: str) -> LoadedModel:
+        """Load a version.
+
+        Raises:
+            CheckpointError: Missing, altered or of another shape than its configuration.
+        """
+        ...
 
 
-def load_model(models_dir: Path, name: str | None = None, device: str = "cpu") -> LoadedModel:
-    """Verify and load a model of a directory (see ``cluster.registry.find_model``).
+@dataclass(frozen=True, slots=True)
+class RegistrySource:
+    """Models of a registry, as its aliases say.
 
-    Raises:
-        CheckpointError: Missing, altered or of another shape than its configuration.
+    Args:
+        registry: Where they are.
+        device: Where they run.
+        pinned: Name or version to serve whatever the aliases say.
     """
-    entry = find_model(models_dir, name)
-    entry.verify()
-    return load_checkpoint(entry.path, device)
+
+    registry: Registry
+    device: str = "cpu"
+    pinned: str | None = None
+
+    def aliases(self) -> Aliases:
+        """Return what is to be served now (see ``ModelSource``)."""
+        if self.pinned is not None:
+            return Aliases(stable=self.registry.find(self.pinned).version)
+        return self.registry.aliases()
+
+    def load(self, version: str) -> LoadedModel:
+        """Verify and load a version (see ``ModelSource``)."""
+        return load_checkpoint(self.registry.fetch(version).path, self.device)
+
+
+@dataclass(slots=True)
+class OneModel:
+    """A single model that is made on first use, for tests and measurements."""
+
+    make: Callable[[], LoadedModel]
+    _made: LoadedModel | None = field(default=None, init=False)
+
+    def aliases(self) -> Aliases:
+        """Return its version as stable."""
+        return Aliases(stable=self._model().version)
+
+    def load(self, version: str) -> LoadedModel:
+        """Return it."""
+        return self._model()
+
+    def _model(self) -> LoadedModel:
+        if self._made is None:
+            self._made = self.make()
+        return self._made
 
 
 def load_checkpoint(path: Path, device: str = "cpu") -> LoadedModel:
@@ -49,6 +99,7 @@ def load_checkpoint(path: Path, device: str = "cpu") -> LoadedModel:
         model=model,
         tasks={task: registry[task] for task in manifest.tasks},
         num_experts=model.config.num_experts,
+        num_layers=model.config.num_layers,
         device=device,
     )
     return LoadedModel(runner, manifest.version)

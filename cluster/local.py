@@ -24,7 +24,7 @@ class LocalClient:
 
     def __init__(self, model: LoadedModel, limits: Limits | None = None) -> None:
         self._loop = asyncio.new_event_loop()
-        self._engine = Engine(model.runner, model.version, limits=limits)
+        self._engine = Engine(model, limits=limits)
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._thread.start()
 

@@ -12,16 +12,15 @@ import secrets
 import socket
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigurationError
-from cluster.registry import find_model
+from cluster.registry import Registry
 
 if TYPE_CHECKING:
     from cluster.client import Client
-    from cluster.loading import Load
+    from cluster.loading import ModelSource
 
 LOOPBACK = "127.0.0.1"
 
@@ -31,8 +30,8 @@ class PlatformConfig:
     """What to start.
 
     Args:
-        models_dir: Directory of the models.
-        model: Name or version; None takes the only one.
+        models: Directory or URL of the models.
+        model: Name or version to serve; None follows the aliases of ``models``.
         host: Address of the HTTP door.
         port: Its port; None starts no HTTP door.
         device: Where the model runs.
@@ -41,7 +40,7 @@ class PlatformConfig:
         object_store_bytes: Shared memory for large requests.
     """
 
-    models_dir: Path = Path("models")
+    models: str = "models"
     model: str | None = None
     host: str = LOOPBACK
     port: int | None = 8000
@@ -89,25 +88,25 @@ class Platform:
         _shut_down()
 
 
-def start(config: PlatformConfig, load: "Load | None" = None) -> Platform:
+def start(config: PlatformConfig, source: "ModelSource | None" = None) -> Platform:
     """Start Ray and the application and return when it answers.
 
     Args:
         config: What to start.
-        load: Loads another model than the one ``config`` names.
+        source: Other models than those ``config`` names.
 
     Raises:
         ConfigurationError: The port is taken or the replica could not start.
         CheckpointError: The weights are missing or altered.
         UnknownModelError: No such model.
     """
-    load = load or _checked_load(config)
+    source = source or _checked_source(config)
     if config.port is not None:
         _check_port(config.host, config.port)
     prepare_environment()
     try:
         _start_ray(config)
-        client = _run_application(config, load)
+        client = _run_application(config, source)
     except BaseException:
         _shut_down()
         raise
@@ -115,14 +114,15 @@ def start(config: PlatformConfig, load: "Load | None" = None) -> Platform:
     return Platform(client, url)
 
 
-def _checked_load(config: PlatformConfig) -> "Load":
+def _checked_source(config: PlatformConfig) -> "ModelSource":
     """Find and verify the model here, where an error is one line and costs no Ray start."""
-    from cluster.loading import load_model  # noqa: PLC0415 - torch
+    from cluster.loading import RegistrySource  # noqa: PLC0415 - torch
 
-    models_dir = config.models_dir.resolve()
-    entry = find_model(models_dir, config.model)
-    entry.verify()
-    return partial(load_model, models_dir, entry.name, config.device)
+    registry = Registry(config.models)
+    if not registry.is_remote:
+        registry = Registry(str(Path(config.models).resolve()))
+    registry.fetch(config.model or registry.aliases().stable)
+    return RegistrySource(registry, config.device, config.model)
 
 
 def _check_port(host: str, port: int) -> None:
@@ -151,7 +151,7 @@ def _start_ray(config: PlatformConfig) -> None:
     )
 
 
-def _run_application(config: PlatformConfig, load: "Load") -> "Client":
+def _run_application(config: PlatformConfig, source: "ModelSource") -> "Client":
     from ray import serve  # noqa: PLC0415 - as above
 
     from cluster.deployments import InferenceCore  # noqa: PLC0415
@@ -161,7 +161,7 @@ def _run_application(config: PlatformConfig, load: "Load") -> "Client":
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     core = InferenceCore.options(
         ray_actor_options={"num_cpus": 1, "num_gpus": int(config.device == "cuda")}
-    ).bind(load, config.torch_threads)
+    ).bind(source, config.torch_threads)
     has_door = config.port is not None
     location = "HeadOnly" if has_door else "NoServer"
     options: dict[str, Any] = {"host": config.host, "location": location}

@@ -1,15 +1,20 @@
 """What runs next: the order, the budget and the limits of a replica's steps.
 
 Rules:
-    1. Each tenant may have a bounded number of requests waiting; one more is refused.
-    2. Within a class the earliest deadline goes first; equal deadlines keep arrival order.
+    1. Each tenant may have a bounded number of requests and tokens waiting; one more is refused.
+    2. Within a class the earliest deadline goes first; equal deadlines keep arrival order.  A
+       deadline farther than ``ageing_ms`` counts as that far, so that nobody waits behind later
+       arrivals for longer.
     3. Stream goes before interactive before batch, but a class that waits earns a floor
        share of the tokens that others run, and that credit goes before everything.
-    4. A step takes whole sequences up to a budget that keeps it within a fraction of the
-       tightest deadline; a sequence above the budget runs when it is first in the step.
-       A request may be spread over several steps.
-    5. Room that a class leaves goes to the next: no capacity idles while work waits.
-    6. What cannot meet its deadline is refused on arrival or dropped before it runs, except
+    4. Within a class a tenant that has had more than its weighted share, by ``tenant_lead_ms``
+       of work, lets the others go first.
+    5. A step takes pieces up to a budget: a fraction of the tightest deadline that waits, and
+       for work below the stream class no more than ``max_step_ms`` and the same fraction of the
+       tightest deadline seen lately, because such a request may come during the step.  A piece
+       above the budget runs when it is first in the step.
+    6. Room that a class leaves goes to the next: no capacity idles while work waits.
+    7. What cannot meet its deadline is refused on arrival or dropped before it runs, except
        when nothing else waits: the cost model must be able to learn that it was wrong.
 
 Pure asyncio: no ray, no torch, no clock of its own.  Times are seconds of the injected
@@ -19,15 +24,17 @@ clock, durations milliseconds.
 import asyncio
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cluster.cost import CostModel
 from cluster.errors import DeadlineExceededError, QueueFullError, UnavailableError
 from cluster.schemas import InferRequest, InferResponse, ServiceClass
+from cluster.shares import TenantShares
+from cluster.work import Work
 
 CLOSED = "the replica is shutting down; send the request again"
 MIN_ROOM_MS = 0.1  # a step always has room for something, however tight the deadlines
@@ -40,18 +47,27 @@ class Limits:
 
     Args:
         queue_per_tenant: Waiting requests of one tenant at most.
-        max_step_ms: A step is planned to take no longer than this.
-        deadline_fraction: ... nor than this part of the tightest deadline that waits.
+        tokens_per_tenant: Waiting tokens of one tenant at most, unless it is a single request.
+        max_step_ms: A step of interactive and batch work is planned to take no longer.
+        deadline_fraction: No step is planned to take more of the tightest deadline.
+        deadline_memory_s: How long a tight deadline is remembered.
+        ageing_ms: The farthest that a deadline counts.
         floor_share: Tokens a waiting class is owed, as a share of all tokens.
+        tenant_weights: Share of a tenant within a class, 1 if not named.
+        tenant_lead_ms: Work by which a tenant may be ahead of its share before it yields.
     """
 
     queue_per_tenant: int = 256
-    max_step_ms: float = 150.0  # what a stream request waits at worst behind a batch step; 25 would
-    # split a poll of 100 fraud transactions in two (`base`, one core: 10 ms a step + 0.06 a token)
+    tokens_per_tenant: int = 4_000_000
+    max_step_ms: float = 50.0  # what a stream request waits at worst behind a batch step
     deadline_fraction: float = 0.25  # step <= SLO / 4 (facts: between SLO / 3 and SLO / 5)
+    deadline_memory_s: float = 10.0
+    ageing_ms: float = 60_000.0
     floor_share: Mapping[ServiceClass, float] = field(
         default_factory=lambda: {ServiceClass.INTERACTIVE: 0.2, ServiceClass.BATCH: 0.1}
     )
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    tenant_lead_ms: float = 200.0
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -60,23 +76,25 @@ class Job:
 
     Args:
         request: What was asked.
-        tokens: Tokens of each sequence, int64 [B].
+        work: Its pieces.
         arrived: Receipt, seconds.
         future: Receives the answer; cancelling it takes the job out of the queue.
-        next_sequence: First sequence not yet in any step.
-        num_done: Sequences whose step has finished.
+        model: What will run it; the scheduler only carries it.
+        next_piece: First piece not yet in any step.
+        num_done: Pieces whose step has finished.
     """
 
     request: InferRequest
-    tokens: NDArray[np.int64]
+    work: Work
     arrived: float
     future: "asyncio.Future[InferResponse]"
-    next_sequence: int = 0
+    model: Any = None
+    next_piece: int = 0
     num_done: int = 0
     tokens_left: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tokens_left = int(self.tokens.sum())
+        self.tokens_left = int(self.work.tokens.sum())
 
     @property
     def deadline(self) -> float:
@@ -84,14 +102,19 @@ class Job:
         return self.arrived + self.request.deadline_ms / 1e3
 
     @property
+    def cost_key(self) -> str:
+        """The cost model's name for this work."""
+        return f"{self.request.task}/chunk" if self.work.is_cut else self.request.task
+
+    @property
     def is_planned(self) -> bool:
-        """Whether every sequence is in some step."""
-        return self.next_sequence == self.request.num_sequences
+        """Whether every piece is in some step."""
+        return self.next_piece == self.work.num_pieces
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slice:
-    """Sequences ``first`` to ``last`` (exclusive) of a job, in one step."""
+    """Pieces ``first`` to ``last`` (exclusive) of a job, in one step."""
 
     job: Job
     first: int
@@ -99,43 +122,43 @@ class Slice:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of these sequences."""
-        return int(self.job.tokens[self.first : self.last].sum())
+        """Tokens of these pieces."""
+        return int(self.job.work.tokens[self.first : self.last].sum())
 
 
 Step = Sequence[Slice]
 
 
 def count_tokens(step: Step) -> Mapping[str, int]:
-    """Return the tokens of a step per task."""
+    """Return the tokens of a step per cost key."""
     tokens: Counter[str] = Counter()
     for part in step:
-        tokens[part.job.request.task] += part.num_tokens
+        tokens[part.job.cost_key] += part.num_tokens
     return tokens
 
 
 class _Plan:
     """A step while it is being filled."""
 
-    def __init__(self, room_ms: float, cost: CostModel) -> None:
-        self._left_ms = room_ms
+    def __init__(self, cost: CostModel) -> None:
+        self._used_ms = 0.0
         self._cost = cost
         self.spans: dict[Job, tuple[int, int]] = {}
 
-    def take(self, job: Job, credit: float) -> int:
-        """Add leading sequences of the job within budget and credit; return their tokens."""
-        token_ms = self._cost.token_ms(job.request.task)
-        first = job.next_sequence
-        allowed = min(credit, self._left_ms / token_ms)
-        last = first + int(np.searchsorted(job.tokens[first:].cumsum(), allowed, side="right"))
-        if last == first and not self.spans and job.tokens[first] <= credit:
-            last = first + 1  # above the budget, yet never split: it runs first
-        taken = int(job.tokens[first:last].sum())
+    def take(self, job: Job, room_ms: float, credit: float) -> int:
+        """Add leading pieces of the job within budget and credit; return their tokens."""
+        token_ms = self._cost.token_ms(job.cost_key)
+        first, tokens = job.next_piece, job.work.tokens
+        allowed = min(credit, (room_ms - self._used_ms) / token_ms)
+        last = first + int(np.searchsorted(tokens[first:].cumsum(), allowed, side="right"))
+        if last == first and not self.spans and tokens[first] <= credit:
+            last = first + 1  # above the budget, yet not to be cut: it runs first
+        taken = int(tokens[first:last].sum())
         if last > first:
             self.spans[job] = (self.spans.get(job, (first, last))[0], last)
-            job.next_sequence = last
+            job.next_piece = last
             job.tokens_left -= taken
-            self._left_ms -= taken * token_ms
+            self._used_ms += taken * token_ms
         return taken
 
 
@@ -156,14 +179,19 @@ class Scheduler:
         self._limits = limits or Limits()
         self._queues: dict[ServiceClass, list[Job]] = {each: [] for each in PRECEDENCE}
         self._credit = dict.fromkeys(PRECEDENCE, 0.0)
+        self._shares = {
+            each: TenantShares(self._limits.tenant_weights, self._limits.tenant_lead_ms)
+            for each in PRECEDENCE
+        }
         self._per_tenant: Counter[str] = Counter()
+        self._tightest = dict.fromkeys(PRECEDENCE, (np.inf, -np.inf))  # deadline_ms, seen at
         self._wake = asyncio.Event()
-        self._running: Step = ()
+        self._running: list[Step] = []
         self._is_closed = False
 
     @property
     def num_waiting(self) -> int:
-        """Jobs with sequences not yet in any step."""
+        """Jobs with pieces not yet in any step."""
         return sum(map(len, self._queues.values()))
 
     @property
@@ -171,31 +199,42 @@ class Scheduler:
         """Whether nothing waits and nothing runs."""
         return not self._running and not self.num_waiting
 
+    @property
+    def queued_tokens(self) -> Mapping[ServiceClass, int]:
+        """Tokens that wait, by class."""
+        return {each: sum(job.tokens_left for job in queue) for each, queue in self._queues.items()}
+
+    @property
+    def predicted_delay_ms(self) -> float:
+        """Predicted time until everything that waits or runs now is done."""
+        return self._finish_ms(job for queue in self._queues.values() for job in queue)
+
     def submit(self, job: Job) -> None:
         """Queue a job.
 
         Raises:
-            QueueFullError: The tenant has its fill of requests waiting.
+            QueueFullError: The tenant has its fill of requests or tokens waiting.
             DeadlineExceededError: The job cannot be finished in time behind what waits.
             UnavailableError: The scheduler is closed.
         """
         if self._is_closed:
             raise UnavailableError(CLOSED)
-        tenant, limit = job.request.tenant, self._limits.queue_per_tenant
-        if self._per_tenant[tenant] >= limit:
+        request = job.request
+        self._check_queue(job)
+        finish_ms = self._finish_ms((*self._jobs_before(job), job), request.deadline_ms)
+        if not self.is_idle and finish_ms > request.deadline_ms:
             message = (
-                f"tenant {tenant!r}: expected at most {limit} waiting requests; send fewer at once"
-            )
-            raise QueueFullError(message)
-        finish_ms = self._predict_finish_ms(job)
-        if not self.is_idle and finish_ms > job.request.deadline_ms:
-            message = (
-                f"request {job.request.request_id}: needs about {finish_ms:.0f} ms behind what "
-                f"waits, its deadline is {job.request.deadline_ms:.0f} ms; allow more or send less"
+                f"request {request.request_id}: needs about {finish_ms:.0f} ms behind what "
+                f"waits, its deadline is {request.deadline_ms:.0f} ms; allow more or send less"
             )
             raise DeadlineExceededError(message)
-        insort(self._queues[job.request.service_class], job, key=lambda each: each.deadline)
-        self._per_tenant[tenant] += 1
+        each = request.service_class
+        tightest_ms, _ = self._recent(each)
+        if request.deadline_ms <= tightest_ms:
+            self._tightest[each] = (request.deadline_ms, self._clock())
+        self._shares[each].enter(request.tenant)
+        insort(self._queues[each], job, key=self._rank)
+        self._per_tenant[request.tenant] += 1
         job.future.add_done_callback(lambda _: self._discard(job))
         self._wake.set()
 
@@ -209,7 +248,7 @@ class Scheduler:
     def plan(self) -> Step:
         """Fill one step with what should run now; empty if nothing waits."""
         self._drop_hopeless()
-        plan = _Plan(self._room_ms(), self._cost)
+        plan = _Plan(self._cost)
         for each in reversed(PRECEDENCE):
             self._credit[each] -= self._fill(plan, each, self._credit[each])
         for each in PRECEDENCE:
@@ -218,12 +257,13 @@ class Scheduler:
         for part in step:
             if part.job.is_planned:
                 self._discard(part.job)
-        self._running = step
+        if step:
+            self._running.append(step)
         return step
 
     def finish(self, step: Step, elapsed_ms: float | None) -> None:
         """Record that a step has ended; its duration in ms, or None if it failed."""
-        self._running = ()
+        self._running = [other for other in self._running if other is not step]
         if elapsed_ms is not None:
             self._cost.observe(count_tokens(step), elapsed_ms)
         for part in step:
@@ -237,37 +277,86 @@ class Scheduler:
             _fail(job, UnavailableError(CLOSED))
             self._discard(job)
 
-    def _jobs_before(self, job: Job) -> Iterator[Job]:
-        rank = PRECEDENCE.index(job.request.service_class)
-        for each in PRECEDENCE[:rank]:
-            yield from self._queues[each]
-        yield from (
-            other for other in self._queues[PRECEDENCE[rank]] if other.deadline <= job.deadline
-        )
+    def _check_queue(self, job: Job) -> None:
+        tenant, limits = job.request.tenant, self._limits
+        if self._per_tenant[tenant] >= limits.queue_per_tenant:
+            message = (
+                f"tenant {tenant!r}: expected at most {limits.queue_per_tenant} waiting requests; "
+                "send fewer at once"
+            )
+            raise QueueFullError(message)
+        if self._per_tenant[tenant]:
+            queued = sum(
+                other.tokens_left
+                for queue in self._queues.values()
+                for other in queue
+                if other.request.tenant == tenant
+            )
+            if queued + job.tokens_left > limits.tokens_per_tenant:
+                message = (
+                    f"tenant {tenant!r}: expected at most {limits.tokens_per_tenant} waiting "
+                    f"tokens, got {queued + job.tokens_left}; send less at once"
+                )
+                raise QueueFullError(message)
 
-    def _predict_finish_ms(self, job: Job) -> float:
-        """Time until the job's last sequence is done, as if classes above ran before it."""
-        ahead_ms = self._cost.predict_ms(count_tokens(self._running)) if self._running else 0.0
-        work_ms = sum(map(self._work_ms, (*self._jobs_before(job), job)))
-        num_steps = np.ceil(work_ms / self._room_ms(job.request.deadline_ms))
+    def _rank(self, job: Job) -> float:
+        return job.arrived + min(job.request.deadline_ms, self._limits.ageing_ms) / 1e3
+
+    def _jobs_before(self, job: Job) -> Iterator[Job]:
+        position = PRECEDENCE.index(job.request.service_class)
+        for each in PRECEDENCE[:position]:
+            yield from self._queues[each]
+        rank = self._rank(job)
+        for other in self._queues[PRECEDENCE[position]]:
+            if self._rank(other) <= rank:
+                yield other
+
+    def _finish_ms(self, jobs: Iterable[Job], tightest_ms: float = np.inf) -> float:
+        """Time until the last piece of these jobs is done, as if nothing else ran between."""
+        ahead_ms = sum(self._cost.predict_ms(count_tokens(step)) for step in self._running)
+        work_ms = sum(map(self._work_ms, jobs))
+        num_steps = np.ceil(work_ms / self._room_ms(ServiceClass.STREAM, tightest_ms))
         return float(ahead_ms + work_ms + self._cost.step_ms * num_steps)
 
     def _work_ms(self, job: Job) -> float:
-        return job.tokens_left * self._cost.token_ms(job.request.task)
+        return job.tokens_left * self._cost.token_ms(job.cost_key)
 
-    def _room_ms(self, tightest_ms: float = np.inf) -> float:
-        """Time for tokens in a step, beside its fixed cost; at least as much as that cost."""
+    def _recent(self, each: ServiceClass) -> tuple[float, float]:
+        """The tightest deadline of a class that was seen lately, and when."""
+        tightest_ms, seen = self._tightest[each]
+        if self._clock() - seen > self._limits.deadline_memory_s:
+            return np.inf, -np.inf
+        return tightest_ms, seen
+
+    def _room_ms(self, each: ServiceClass, tightest_ms: float = np.inf) -> float:
+        """Time for work of a class in a step, beside its fixed cost; at least that cost."""
         waiting = (job.request.deadline_ms for queue in self._queues.values() for job in queue)
         tightest_ms = min(waiting, default=tightest_ms)
-        budget_ms = min(self._limits.max_step_ms, self._limits.deadline_fraction * tightest_ms)
+        budget_ms = self._limits.deadline_fraction * tightest_ms
+        if each is not ServiceClass.STREAM:
+            above = PRECEDENCE[: PRECEDENCE.index(each)]
+            expected_ms = min(self._recent(other)[0] for other in above)
+            fraction_ms = self._limits.deadline_fraction * expected_ms
+            budget_ms = min(budget_ms, self._limits.max_step_ms, fraction_ms)
         return max(budget_ms - self._cost.step_ms, self._cost.step_ms, MIN_ROOM_MS)
 
     def _fill(self, plan: _Plan, each: ServiceClass, credit: float) -> int:
-        """Move sequences of a class into the step, in deadline order; return their tokens."""
+        """Move pieces of a class into the step, in deadline order; return their tokens.
+
+        Tenants ahead of their share come after the others.
+        """
+        if not self._queues[each] or credit <= 0:
+            return 0
+        room_ms, shares = self._room_ms(each), self._shares[each]
+        ahead = shares.ahead()
+        waiting = [job for job in self._queues[each] if not job.is_planned]
+        in_order = [job for job in waiting if job.request.tenant not in ahead]
+        in_order += [job for job in waiting if job.request.tenant in ahead]
         taken = 0
-        for job in self._queues[each]:
-            if not job.is_planned:
-                taken += plan.take(job, credit - taken)
+        for job in in_order:
+            tokens = plan.take(job, room_ms, credit - taken)
+            shares.charge(job.request.tenant, tokens * self._cost.token_ms(job.cost_key))
+            taken += tokens
             if not job.is_planned:
                 break
         return taken
@@ -298,10 +387,12 @@ class Scheduler:
 
     def _discard(self, job: Job) -> None:
         """Take a job out of its queue, if it is still there."""
-        queue = self._queues[job.request.service_class]
+        each, tenant = job.request.service_class, job.request.tenant
+        queue = self._queues[each]
         if job in queue:
             queue.remove(job)
-            self._per_tenant[job.request.tenant] -= 1
+            self._per_tenant[tenant] -= 1
+            self._shares[each].leave(tenant)
 
 
 def _fail(job: Job, error: Exception) -> None:

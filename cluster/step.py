@@ -1,39 +1,74 @@
-"""One step on the device: pack slices of many requests, run the model, split the answers.
+"""One step on the device: pack pieces of many requests, run the model, split the answers.
 
-Sequences are packed task by task, end to end; nothing is padded.  The split is exact:
-outputs and routed experts go to the request whose sequence made them.
+Whole sequences are packed task by task, end to end; nothing is padded.  Chunks of long
+sequences run beside them, one layer's chunk a piece.  The split is exact: outputs and
+routed experts go to the request whose sequence made them.
+
+``launch`` only starts the work of a GPU; ``collect`` waits for it, so the next step can be
+packed meanwhile.
 
 Legend: R rows, B sequences, T tokens, L layers, K chosen experts, E experts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from cluster.scheduler import Slice, Step
+from cluster.scheduler import Job, Slice, Step
 from cluster.schemas import SequenceStatus
-from core_model.packing import RaggedBatch
+from core_model.chunks import LongSequence
+from core_model.packing import Encoded, RaggedBatch
 from core_model.tasks import TaskSpec
 
 if TYPE_CHECKING:
-    from core_model.model import StepOutput
+    from core_model.model import MoETransformer, StepOutput
 
 Model = Callable[[Mapping[str, RaggedBatch]], "StepOutput"]
 
 
+class Span(NamedTuple):
+    """Sequences ``first`` to ``last`` (exclusive) of a job that a slice runs whole."""
+
+    part: Slice
+    first: int
+    last: int
+
+    @property
+    def task(self) -> str:
+        """Its task."""
+        return self.part.job.request.task
+
+    @property
+    def rows(self) -> slice:
+        """Its rows in the request."""
+        cu_seqlens = self.part.job.request.cu_seqlens
+        return slice(int(cu_seqlens[self.first]), int(cu_seqlens[self.last]))
+
+
+class Chunks(NamedTuple):
+    """Some pieces of one sequence that a slice runs; the last ones complete it."""
+
+    part: Slice
+    sequence: int
+    num_pieces: int
+    is_last: bool
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class SliceResult:
-    """The answer to one slice.
+class Answer:
+    """Output rows of consecutive sequences of a job.
 
     Args:
-        outputs: Output rows of its sequences [R_out, D_out].
+        outputs: Output rows [R_out, D_out].
         lengths: Output rows of each sequence, int32 [B].
-        tokens_per_expert: Its routed (token, choice) pairs, int64 [L, E].
+        tokens_per_expert: Their routed (token, choice) pairs, int64 [L, E].
     """
 
     outputs: NDArray[Any]
@@ -51,6 +86,32 @@ class SliceResult:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Raw:
+    """Outputs of some sequences on their way to the host.
+
+    Args:
+        units: The spans, or the completed long sequence, that they belong to, in order.
+        outputs: Per task: output rows and offsets.
+        experts_LTK: Chosen experts.
+        cu_tokens: Token offsets of all sequences.
+    """
+
+    units: Mapping[str, Sequence[Span | Chunks]]
+    outputs: Mapping[str, tuple[Tensor, Tensor]]
+    experts_LTK: Tensor
+    cu_tokens: Tensor
+
+
+class Pending(NamedTuple):
+    """A launched step."""
+
+    runner: "StepRunner"
+    step: Step
+    raws: Sequence[Raw]
+    done: "torch.cuda.Event | None"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class StepRunner:
     """Runs steps of one loaded model.
 
@@ -58,43 +119,138 @@ class StepRunner:
         model: The model in eval mode, on ``device``.
         tasks: What the model serves.
         num_experts: Routed experts per layer, E.
+        num_layers: L.
         device: Where the model lives.
     """
 
     model: Model
     tasks: Mapping[str, TaskSpec]
     num_experts: int
+    num_layers: int
     device: str = "cpu"
+    _long: "WeakKeyDictionary[Job, dict[int, tuple[LongSequence, Encoded]]]" = field(
+        default_factory=WeakKeyDictionary, init=False
+    )
 
-    def run(self, step: Step) -> Mapping[Slice, SliceResult]:
-        """Run one step; called on the executor thread only."""
-        by_task = {
-            task: list(parts) for task, parts in groupby(sorted(step, key=_task_of), key=_task_of)
-        }
-        with torch.inference_mode():
-            batches = {task: self._pack(task, parts) for task, parts in by_task.items()}
-            return _split(self.model(batches), by_task, self.num_experts)
+    def run(self, step: Step) -> Mapping[Slice, Sequence[Answer]]:
+        """Run one step and wait for its answers, in the order of each slice's sequences."""
+        return self.collect(self.launch(step))
 
-    def _pack(self, task: str, parts: Sequence[Slice]) -> RaggedBatch:
-        lengths = [np.diff(part.job.request.cu_seqlens)[part.first : part.last] for part in parts]
-        features = [part.job.request.features[_rows(part)] for part in parts]
+    @torch.inference_mode()
+    def launch(self, step: Step) -> Pending:
+        """Pack a step and start it; called on the executor thread only."""
+        units = [unit for part in step for unit in _units(part)]
+        spans = sorted((u for u in units if isinstance(u, Span)), key=lambda span: span.task)
+        raws = []
+        if spans:
+            by_task = {task: list(run) for task, run in groupby(spans, lambda span: span.task)}
+            output = self.model({task: self._pack(task, run) for task, run in by_task.items()})
+            raws.append(self._start_copy(by_task, output))
+        raws += [
+            self._start_copy({unit.part.job.request.task: [unit]}, complete)
+            for unit in units
+            if isinstance(unit, Chunks) and (complete := self._advance(unit)) is not None
+        ]
+        done = None
+        if self.device != "cpu":
+            done = torch.cuda.Event()
+            done.record()
+        return Pending(self, step, raws, done)
+
+    def collect(self, pending: Pending) -> Mapping[Slice, Sequence[Answer]]:
+        """Wait for a launched step and split its answers."""
+        if pending.done is not None:
+            pending.done.synchronize()
+        found: dict[Slice, dict[int, Answer]] = {part: {} for part in pending.step}
+        for raw in pending.raws:
+            for unit, answer in self._split(raw):
+                first = unit.first if isinstance(unit, Span) else unit.sequence
+                found[unit.part][first] = answer
+        return {part: [by[first] for first in sorted(by)] for part, by in found.items()}
+
+    def _advance(self, chunks: Chunks) -> "StepOutput | None":
+        """Run pieces of a long sequence; return its output once it is complete."""
+        from core_model.model import StepOutput  # noqa: PLC0415 - the model is duck-typed in tests
+
+        job, model = chunks.part.job, cast("MoETransformer", self.model)
+        task, under_way = job.request.task, self._long.setdefault(job, {})
+        if chunks.sequence not in under_way:
+            span = Span(chunks.part, chunks.sequence, chunks.sequence + 1)
+            encoded: Encoded = model.adapters[task](self._pack(task, [span]))
+            long = LongSequence(model, encoded, self.tasks[task].chunk_tokens)
+            under_way[chunks.sequence] = long, encoded
+        long, encoded = under_way[chunks.sequence]
+        for _ in range(chunks.num_pieces):
+            long.advance()
+        if not chunks.is_last:
+            return None
+        del under_way[chunks.sequence]
+        outputs = {task: model.heads[task](long.tokens_TD, encoded)}
+        return StepOutput(outputs, long.experts_LTK, encoded.cu_tokens)
+
+    def _pack(self, task: str, spans: Sequence[Span]) -> RaggedBatch:
+        requests = [span.part.job.request for span in spans]
+        lengths = [
+            np.diff(request.cu_seqlens)[span.first : span.last]
+            for request, span in zip(requests, spans, strict=True)
+        ]
         extras = {
             name: [
-                part.job.request.extras[name][
-                    _rows(part) if extra.per == "row" else slice(part.first, part.last)
+                request.extras[name][
+                    span.rows if extra.per == "row" else slice(span.first, span.last)
                 ]
-                for part in parts
+                for request, span in zip(requests, spans, strict=True)
             ]
             for name, extra in self.tasks[task].extras.items()
         }
+        features = [r.features[span.rows] for r, span in zip(requests, spans, strict=True)]
         return RaggedBatch(
             features=self._to_device(features),
             cu_seqlens=self._to_device([offsets(np.concatenate(lengths))]),
             extras={name: self._to_device(arrays) for name, arrays in extras.items()},
         )
 
-    def _to_device(self, arrays: Sequence[NDArray[Any]]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(arrays)).to(self.device)
+    def _to_device(self, arrays: Sequence[NDArray[Any]]) -> Tensor:
+        """Join arrays where the device reads them: through pinned memory on a GPU."""
+        if self.device == "cpu":
+            return torch.from_numpy(np.concatenate(arrays))
+        rows, rest = sum(len(array) for array in arrays), arrays[0].shape[1:]
+        dtype = torch.from_numpy(arrays[0][:0]).dtype
+        staged = torch.empty((rows, *rest), dtype=dtype, pin_memory=True)
+        np.concatenate(arrays, out=staged.numpy())
+        return staged.to(self.device, non_blocking=True)
+
+    def _start_copy(
+        self, units: Mapping[str, Sequence[Span | Chunks]], output: "StepOutput"
+    ) -> Raw:
+        if self.device == "cpu":
+            return Raw(units, output.outputs, output.experts_LTK, output.cu_tokens)
+        return Raw(
+            units,
+            {task: (_to_host(rows), _to_host(cu)) for task, (rows, cu) in output.outputs.items()},
+            _to_host(output.experts_LTK),
+            _to_host(output.cu_tokens),
+        )
+
+    def _split(self, raw: Raw) -> Iterator[tuple[Span | Chunks, Answer]]:
+        experts, cu_tokens = raw.experts_LTK.numpy(), raw.cu_tokens.numpy()
+        base = 0  # sequences of the tasks before this one
+        for task, units in raw.units.items():
+            outputs, cu_rows = (each.numpy() for each in raw.outputs[task])
+            first = 0
+            for unit in units:
+                last = first + (unit.last - unit.first if isinstance(unit, Span) else 1)
+                tokens = slice(cu_tokens[base + first], cu_tokens[base + last])
+                yield (
+                    unit,
+                    Answer(
+                        outputs=outputs[cu_rows[first] : cu_rows[last]],
+                        lengths=np.diff(cu_rows[first : last + 1]),
+                        tokens_per_expert=_count_experts(experts[:, tokens], self.num_experts),
+                    ),
+                )
+                first = last
+            base += first
 
 
 def offsets(lengths: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -104,36 +260,27 @@ def offsets(lengths: NDArray[np.int32]) -> NDArray[np.int32]:
     return cu_seqlens
 
 
-def _task_of(part: Slice) -> str:
-    return part.job.request.task
+def _units(part: Slice) -> Iterator[Span | Chunks]:
+    """Return what a slice runs: runs of whole sequences, and pieces of long ones."""
+    work = part.job.work
+    if not work.is_cut:  # pieces are sequences
+        yield Span(part, part.first, part.last)
+        return
+    sequence, is_whole = work.sequence[part.first : part.last], work.is_whole
+    for whole, run in groupby(range(part.first, part.last), key=lambda piece: is_whole[piece]):
+        pieces = work.sequence[list(run)]
+        if whole:
+            yield Span(part, int(pieces[0]), int(pieces[-1]) + 1)
+            continue
+        for number in dict.fromkeys(pieces.tolist()):
+            after = part.last == work.num_pieces or work.sequence[part.last] != number
+            is_last = after or number != int(sequence[-1])
+            yield Chunks(part, number, int((pieces == number).sum()), is_last)
 
 
-def _rows(part: Slice) -> slice:
-    cu_seqlens = part.job.request.cu_seqlens
-    return slice(int(cu_seqlens[part.first]), int(cu_seqlens[part.last]))
-
-
-def _split(
-    output: "StepOutput", by_task: Mapping[str, Sequence[Slice]], num_experts: int
-) -> Mapping[Slice, SliceResult]:
-    experts = output.experts_LTK.cpu().numpy()
-    cu_tokens = output.cu_tokens.cpu().numpy()
-    results = {}
-    base = 0  # sequences of the tasks before this one
-    for task, parts in by_task.items():
-        outputs, cu_rows = (each.cpu().numpy() for each in output.outputs[task])
-        first = 0
-        for part in parts:
-            last = first + part.last - part.first
-            tokens = slice(cu_tokens[base + first], cu_tokens[base + last])
-            results[part] = SliceResult(
-                outputs=outputs[cu_rows[first] : cu_rows[last]],
-                lengths=np.diff(cu_rows[first : last + 1]),
-                tokens_per_expert=_count_experts(experts[:, tokens], num_experts),
-            )
-            first = last
-        base += first
-    return results
+def _to_host(tensor: Tensor) -> Tensor:
+    staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return staged.copy_(tensor, non_blocking=True)
 
 
 def _count_experts(experts: NDArray[np.int32], num_experts: int) -> NDArray[np.int64]:

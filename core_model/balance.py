@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from core_model.model import FULL, MoETransformer
+from core_model.model import MoETransformer
+from core_model.packing import Encoded, SpanGroup
 
 if TYPE_CHECKING:
     from core_model.blocks import Block
@@ -69,20 +70,20 @@ def solve_bias(scores_TE: Tensor, bias_E: Tensor, num_chosen: int) -> Tensor:
 
 
 @torch.no_grad()
-def rebalance(model: MoETransformer, packs: Iterable[tuple[Tensor, Tensor]]) -> None:
+def rebalance(model: MoETransformer, packs: Iterable[Encoded]) -> None:
     """Set only the selection biases so that a sample of the traffic loads experts alike.
 
     Args:
         model: In evaluation mode; weights stay as they are.
-        packs: (tokens [T, D] as adapters give them, span offsets int32) of the sample.
+        packs: The sample, as adapters give it.
     """
-    streams: list[tuple[Tensor, Tensor | None, Tensor]] = [(t, None, s) for t, s in packs]
+    streams: list[tuple[Tensor, Tensor | None, SpanGroup]] = [
+        (pack.tokens_TD, None, pack.spans) for pack in packs
+    ]
     for each in model.blocks:
         block = cast("Block", each)
         moe = block.moe
-        inputs = [
-            block.attend(branch, residual, spans, FULL) for branch, residual, spans in streams
-        ]
+        inputs = [block.attend(branch, residual, [spans]) for branch, residual, spans in streams]
         scores_TE = torch.cat([torch.sigmoid(moe.router_logits(x_TD)) for x_TD, _ in inputs])
         moe.expert_bias.copy_(solve_bias(scores_TE, moe.expert_bias, moe.num_chosen))
         streams = [

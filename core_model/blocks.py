@@ -6,13 +6,16 @@ fused with the norm behind it.
 Legend: T tokens, D model, H heads, d head width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from core_model.config import MoEConfig
 from core_model.moe import MoELayer, init_weight
-from kernels.attention import AttentionPattern, varlen_attention
+from core_model.packing import SpanGroup
+from kernels.attention import varlen_attention
 from kernels.norm import add_rmsnorm
 
 
@@ -25,11 +28,20 @@ class Attention(nn.Module):
         self.qkv = init_weight((3 * config.d_model, config.d_model), config.d_model)
         self.out = init_weight((config.d_model, config.d_model), config.d_model)
 
-    def forward(self, x_TD: Tensor, cu_spans: Tensor, pattern: AttentionPattern) -> Tensor:
+    def project(self, x_TD: Tensor) -> Tensor:
+        """Return queries, keys and values, [T, 3, H, d]."""
+        return functional.linear(x_TD, self.qkv).view(x_TD.shape[0], 3, self.num_heads, -1)
+
+    def forward(self, x_TD: Tensor, groups: Sequence[SpanGroup]) -> Tensor:
         """Mix the tokens of each span, [T, D]."""
-        qkv = functional.linear(x_TD, self.qkv).view(x_TD.shape[0], 3, self.num_heads, -1)
-        q_THd, k_THd, v_THd = qkv.unbind(dim=1)
-        mixed_THd = varlen_attention(q_THd, k_THd, v_THd, cu_spans, pattern)
+        sizes = [group.num_tokens for group in groups]
+        mixed = [
+            varlen_attention(
+                qkv_T3Hd[:, 0], qkv_T3Hd[:, 1], qkv_T3Hd[:, 2], group.cu_spans, group.pattern
+            )
+            for qkv_T3Hd, group in zip(self.project(x_TD).split(sizes), groups, strict=True)
+        ]
+        mixed_THd = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
         return functional.linear(mixed_THd.flatten(1), self.out)
 
 
@@ -45,25 +57,17 @@ class Block(nn.Module):
         self.moe = MoELayer(config)
 
     def attend(
-        self,
-        branch_TD: Tensor,
-        residual_TD: Tensor | None,
-        cu_spans: Tensor,
-        pattern: AttentionPattern,
+        self, branch_TD: Tensor, residual_TD: Tensor | None, groups: Sequence[SpanGroup]
     ) -> tuple[Tensor, Tensor]:
         """Return the input of the expert layer and the residual stream behind it."""
         x_TD, residual_TD = add_rmsnorm(branch_TD, residual_TD, self.attention_norm, self.eps)
-        branch_TD = self.attention(x_TD, cu_spans, pattern)
+        branch_TD = self.attention(x_TD, groups)
         return add_rmsnorm(branch_TD, residual_TD, self.moe_norm, self.eps)
 
     def forward(
-        self,
-        branch_TD: Tensor,
-        residual_TD: Tensor | None,
-        cu_spans: Tensor,
-        pattern: AttentionPattern,
+        self, branch_TD: Tensor, residual_TD: Tensor | None, groups: Sequence[SpanGroup]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return branch, residual [T, D] and the chosen experts int32 [T, K]."""
-        x_TD, residual_TD = self.attend(branch_TD, residual_TD, cu_spans, pattern)
+        x_TD, residual_TD = self.attend(branch_TD, residual_TD, groups)
         branch_TD, experts_TK = self.moe(x_TD)
         return branch_TD, residual_TD, experts_TK

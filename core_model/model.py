@@ -14,12 +14,9 @@ from torch import Tensor, nn
 
 from core_model.blocks import Block
 from core_model.config import MoEConfig
-from core_model.packing import Encoded, RaggedBatch, concat_cu_seqlens
+from core_model.packing import Encoded, RaggedBatch, SpanGroup, concat_cu_seqlens, merge_groups
 from core_model.tasks import TaskSpec, registered_tasks
-from kernels.attention import AttentionPattern
 from kernels.norm import add_rmsnorm
-
-FULL = AttentionPattern(window=None)
 
 
 class StepOutput(NamedTuple):
@@ -62,7 +59,7 @@ class MoETransformer(nn.Module):
         encoded: list[Encoded] = [self.adapters[task](batch) for task, batch in batches.items()]
         tokens_TD, experts_LTK = self.run_blocks(
             torch.cat([part.tokens_TD for part in encoded]),
-            concat_cu_seqlens([part.cu_spans for part in encoded]),
+            merge_groups([part.spans for part in encoded]),
         )
         pieces = tokens_TD.split([part.tokens_TD.shape[0] for part in encoded])
         outputs = {
@@ -72,12 +69,12 @@ class MoETransformer(nn.Module):
         cu_tokens = concat_cu_seqlens([part.cu_tokens for part in encoded])
         return StepOutput(outputs, experts_LTK, cu_tokens)
 
-    def run_blocks(self, tokens_TD: Tensor, cu_spans: Tensor) -> tuple[Tensor, Tensor]:
+    def run_blocks(self, tokens_TD: Tensor, groups: Sequence[SpanGroup]) -> tuple[Tensor, Tensor]:
         """Return normalised tokens [T, D] and the chosen experts int32 [L, T, K]."""
         branch_TD, residual_TD = tokens_TD, None
         chosen = []
         for block in self.blocks:
-            branch_TD, residual_TD, experts_TK = block(branch_TD, residual_TD, cu_spans, FULL)
+            branch_TD, residual_TD, experts_TK = block(branch_TD, residual_TD, groups)
             chosen.append(experts_TK)
         normed_TD, _ = add_rmsnorm(branch_TD, residual_TD, self.final_norm, self.config.rms_eps)
         return normed_TD, torch.stack(chosen)

@@ -5,9 +5,13 @@ Legend: R rows, B sequences, D columns.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kernels.attention import FULL, AttentionPattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +44,44 @@ class Encoded:
         cu_spans: Token offsets of the attention spans, int32; a span lies inside one
             sequence, and tokens see their own span only.
         side: Whatever the head needs beside the tokens.
+        pattern: Which tokens of a span see each other.
     """
 
     tokens_TD: Tensor
     cu_tokens: Tensor
     cu_spans: Tensor
     side: Mapping[str, Tensor]
+    pattern: AttentionPattern = FULL
+
+    @property
+    def spans(self) -> "SpanGroup":
+        """What the blocks need to know of these tokens."""
+        return SpanGroup(self.tokens_TD.shape[0], self.cu_spans, self.pattern)
+
+
+class SpanGroup(NamedTuple):
+    """Consecutive tokens of a step whose spans share an attention pattern.
+
+    Args:
+        num_tokens: How many.
+        cu_spans: Their span offsets, int32, from 0 to ``num_tokens``.
+        pattern: Which tokens of a span see each other.
+    """
+
+    num_tokens: int
+    cu_spans: Tensor
+    pattern: AttentionPattern
+
+
+def merge_groups(groups: Sequence[SpanGroup]) -> list[SpanGroup]:
+    """Join neighbours of one pattern, so that each pattern is one attention call."""
+    merged: list[SpanGroup] = []
+    for pattern, run in groupby(groups, key=lambda group: group.pattern):
+        parts = list(run)
+        num_tokens = sum(part.num_tokens for part in parts)
+        cu_spans = concat_cu_seqlens([part.cu_spans for part in parts])
+        merged.append(SpanGroup(num_tokens, cu_spans, pattern))
+    return merged
 
 
 def offsets_from_lengths(lengths: Tensor) -> Tensor:

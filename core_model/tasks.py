@@ -46,10 +46,12 @@ class TaskSpec:
         build_head: config -> module ``(tokens_TD, Encoded) -> (outputs [R_out, D_out], offsets)``.
         count_tokens: Row counts int [B] -> tokens per sequence int [B], for the scheduler.
         max_rows: Rows per sequence at most.
-        max_tokens: Tokens per sequence at most.
+        max_tokens: Tokens per sequence at most; what is above ``chunk_tokens`` is run in chunks.
+        chunk_tokens: Tokens of a chunk; 0 where a sequence cannot be cut.
         service_class: Default class.
         deadline_ms: Default deadline.
         extras: Arrays a request must carry.
+        agree_within: Difference of the first output up to which two versions agree.
     """
 
     name: str
@@ -63,6 +65,8 @@ class TaskSpec:
     service_class: str
     deadline_ms: float
     extras: Mapping[str, ExtraSpec] = field(default_factory=dict)
+    chunk_tokens: int = 0
+    agree_within: float = 0.1
 
 
 @cache

@@ -174,8 +174,8 @@ def rebalance_task(model: MoETransformer, task: str, traffic: RaggedBatch) -> No
     """
     model.eval()
     chosen = torch.arange(traffic.num_sequences, device=traffic.features.device)
-    encoded = [model.adapters[task](take_sequences(traffic, part)) for part in chosen.split(CHUNK)]
-    rebalance(model, [(part.tokens_TD, part.cu_spans) for part in encoded])
+    parts = chosen.split(CHUNK)
+    rebalance(model, [model.adapters[task](take_sequences(traffic, part)) for part in parts])
 
 
 @torch.no_grad()

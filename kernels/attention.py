@@ -39,6 +39,9 @@ class AttentionPattern:
             raise ValueError(message)
 
 
+FULL = AttentionPattern(window=None)
+
+
 def varlen_attention(
     q_THd: Tensor,
     k_THd: Tensor,

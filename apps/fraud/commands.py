@@ -73,7 +73,7 @@ def _add_run(commands: Subparsers) -> None:
     parser.add_argument("--warm-from", type=Path, metavar="FILE", help="earlier transactions")
     parser.add_argument("--policy", type=Path, metavar="FILE", help="thresholds and rules, JSON")
     parser.add_argument("--state", type=Path, default=Path("fraud-state"), metavar="DIR")
-    parser.add_argument("--models", type=Path, metavar="DIR", help="default: the shipped weights")
+    parser.add_argument("--models", metavar="DIR_OR_URL", help="default: the shipped weights")
     parser.add_argument(
         "--snapshot-s", type=float, default=_DEFAULTS.snapshot_period_s, help="snapshot period"
     )
@@ -181,7 +181,7 @@ def _add_demo(subparsers: Subparsers) -> None:
     parser.add_argument("--rate", type=float, default=1000.0, metavar="TX_S")
     parser.add_argument("--transactions", type=int, default=24_000, metavar="N")
     parser.add_argument("--workers", type=int, default=1, metavar="N")
-    parser.add_argument("--models", type=Path, metavar="DIR", help="default: the shipped weights")
+    parser.add_argument("--models", metavar="DIR_OR_URL", help="default: the shipped weights")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.set_defaults(run=_later("apps.fraud.demo"))
 
@@ -201,7 +201,7 @@ def _add_bench(subparsers: Subparsers) -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="measured part")
     parser.add_argument("--settle", type=float, default=10.0, help="seconds that are not measured")
     parser.add_argument("--workers", type=int, default=1, metavar="N")
-    parser.add_argument("--models", type=Path, metavar="DIR", help="default: the shipped weights")
+    parser.add_argument("--models", metavar="DIR_OR_URL", help="default: the shipped weights")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="where the time goes, by stage")
     parser.add_argument("--results", type=Path, metavar="DIR", help="default: benchmarks/results")

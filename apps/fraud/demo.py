@@ -31,7 +31,7 @@ from apps.fraud.watch import Answers, Watch, open_watch_stream
 from cluster.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from cluster.loading import Load
+    from cluster.loading import ModelSource
 
 NUM_PARTITIONS = 4
 _FAULTS = Faults(malformed=6, duplicates=12)
@@ -98,7 +98,7 @@ def progress_line(out: TextIO) -> Callable[[Answers], None]:
     return show
 
 
-def main(args: argparse.Namespace, load: "Load | None" = None) -> int:
+def main(args: argparse.Namespace, source: "ModelSource | None" = None) -> int:
     """Run ``trimoe demo``; the exit code is 0 only if every input was answered once."""
     out, phases = sys.stdout, Phases(sys.stdout)
     kafka_config = list(args.kafka_config)
@@ -115,7 +115,9 @@ def main(args: argparse.Namespace, load: "Load | None" = None) -> int:
         )
         plan = WorkerPlan(kafka, settings, load_policy(), default_schemas())
         with phases.measure("platform"):
-            stack.enter_context(running_service(plan, args.workers, models=args.models, load=load))
+            stack.enter_context(
+                running_service(plan, args.workers, models=args.models, source=source)
+            )
         offer = Offer(world.stream, args.rate, faults=_FAULTS)
         with phases.measure("stream"):
             watch_stream = stack.enter_context(closing(open_watch_stream(kafka)))

@@ -32,7 +32,7 @@ HANDBOOK_ROWS = 1_754_155
 TREES_AP = 0.736  # row "D, strict" of the published-protocol anchors
 TREES_AP_TOLERANCE = 0.003
 GPU_RUNS = 8  # side by side on one GPU; a step is bound by launches
-FIT_THREADS = 4  # of one tree fit; with more, fits side by side slow one another tenfold
+PREPARERS = 4  # folds prepared side by side where there are cores for it
 PARTS = ("train", "traffic", "test")
 
 
@@ -43,7 +43,6 @@ class Job:
     start: str
     seed: int
     device: str
-    threads: int
     folder: Path
 
     @property
@@ -70,7 +69,7 @@ def run(job: Job) -> None:
     result = run_path(job.folder, job.start, job.seed)
     if result.exists():
         return
-    torch.set_num_threads(job.threads)
+    torch.set_num_threads(1)  # runs side by side gain more than threads that wait for each other
     started = time.monotonic()
     train, traffic, test = (load_examples(part_path(job.folder, p, job.start)) for p in PARTS)
     model = fit_model(train, traffic, Fit(job.seed, job.device, job.label))
@@ -108,24 +107,22 @@ def prepare(dataset: Dataset, fold: Fold, folder: Path) -> None:
 
 
 def _jobs(start: str, args: argparse.Namespace, folder: Path) -> Iterator[Job]:
-    threads = 1 if args.device == "cuda" else num_threads()
     seeds = range(args.seeds) if start in TEST_STARTS else (VALIDATION_SEED,)
     for seed in seeds:
-        yield Job(start, seed, args.device, threads, folder)
+        yield Job(start, seed, args.device, folder)
 
 
 def run_all(dataset: Dataset, args: argparse.Namespace, folder: Path) -> None:
-    """Prepare folds side by side and train each as it comes, several at once on a GPU."""
+    """Prepare folds side by side and train each as it comes, a run per core or GPU slot."""
     started = time.monotonic()
 
     def say(text: str) -> None:
         print(f"[{time.monotonic() - started:5.0f} s] {text}", file=sys.stderr)
 
-    workers = GPU_RUNS if args.device == "cuda" else 1
-    preparers = max(1, num_threads() // FIT_THREADS)
+    workers = GPU_RUNS if args.device == "cuda" else num_threads()
     with (
         ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as trainers,
-        ThreadPoolExecutor(preparers, "prepare") as threads,
+        ThreadPoolExecutor(min(PREPARERS, num_threads()), "prepare") as threads,
     ):
         folds = {
             threads.submit(prepare, dataset, Fold(start), folder): start
@@ -157,7 +154,7 @@ def main(args: argparse.Namespace) -> int:
     started = time.monotonic()
     table = TransactionSchema().read_table(args.data)
     folder = _folder(args)
-    dataset = Dataset(table, folder, min(FIT_THREADS, num_threads()))
+    dataset = Dataset(table, folder, max(1, num_threads() // PREPARERS))
     run_all(dataset, args, folder)
     figures = Report(dataset.ledger, folder, args.seeds).figures()
     figures |= {"seconds": round(time.monotonic() - started, 1), "device": args.device}

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,7 @@ from apps.fraud.transport import KafkaSettings, KafkaStream, read_options
 from cluster.client import Client
 
 if TYPE_CHECKING:
-    from cluster.loading import Load
+    from cluster.loading import ModelSource
     from cluster.workers import WorkerGroup
 
 _LOOK_S = 0.5
@@ -71,9 +70,9 @@ def running_service(
     plan: WorkerPlan,
     num_workers: int,
     *,
-    models: Path | None = None,
+    models: str | None = None,
     device: str = "cpu",
-    load: "Load | None" = None,
+    source: "ModelSource | None" = None,
 ) -> Iterator["WorkerGroup"]:
     """Run the local platform and the workers until the block ends, then drain them.
 
@@ -82,7 +81,7 @@ def running_service(
         num_workers: How many.
         models: Directory of models; None takes the shipped ones.
         device: Where the model runs.
-        load: Loads another model than the one in ``models``.
+        source: Other models than those in ``models``.
 
     Raises:
         ConfigurationError, CheckpointError, UnknownModelError: See ``cluster.platform``.
@@ -93,7 +92,7 @@ def running_service(
     from cluster.workers import run_workers  # noqa: PLC0415 - ray reads its settings at import
 
     config = PlatformConfig(port=None, device=device)
-    platform = start(replace(config, models_dir=models) if models else config, load)
+    platform = start(replace(config, models=models) if models else config, source)
     try:
         group = run_workers(plan, num_workers)
         try:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cluster import platform
-from cluster.loading import LoadedModel
+from cluster.loading import LoadedModel, OneModel
 from cluster.schemas import InferRequest, ServiceClass
 from cluster.step import StepRunner
 from core_model.model import StepOutput
@@ -80,7 +80,7 @@ class TinyModel(nn.Module):
 
 
 def load_tiny() -> LoadedModel:
-    return LoadedModel(StepRunner(TinyModel().eval(), TASKS, NUM_EXPERTS), "tiny-1")
+    return LoadedModel(StepRunner(TinyModel().eval(), TASKS, NUM_EXPERTS, NUM_LAYERS), "tiny-1")
 
 
 def build_request(
@@ -132,7 +132,7 @@ def platform_url() -> Iterator[str]:
         from ray import cloudpickle
 
         cloudpickle.register_pickle_by_value(sys.modules[TinyModel.__module__])
-        running = platform.start(platform.PlatformConfig(port=port), load=load_tiny)
+        running = platform.start(platform.PlatformConfig(port=port), source=OneModel(load_tiny))
     assert running.url is not None
     yield running.url
     running.stop()

@@ -7,7 +7,7 @@ from cluster.cost import PRIOR_STEP_MS, CostModel
 
 
 def test_recovers_step_and_token_cost_of_two_tasks_from_mixed_steps() -> None:
-    cost = CostModel(["a", "b"])
+    cost = CostModel()
     rng = np.random.default_rng(3)
     for _ in range(300):
         tokens = {"a": int(rng.integers(0, 900)), "b": int(rng.integers(0, 900))}
@@ -19,7 +19,7 @@ def test_recovers_step_and_token_cost_of_two_tasks_from_mixed_steps() -> None:
 
 
 def test_follows_a_machine_that_becomes_twice_as_slow() -> None:
-    cost = CostModel(["a"])
+    cost = CostModel()
     rng = np.random.default_rng(4)
     for slowness in (1.0, 2.0):
         for _ in range(300):
@@ -29,7 +29,7 @@ def test_follows_a_machine_that_becomes_twice_as_slow() -> None:
 
 
 def test_equal_steps_leave_a_prediction_that_fits_them_and_nothing_negative() -> None:
-    cost = CostModel(["a", "unseen"])
+    cost = CostModel()
     for _ in range(200):
         cost.observe({"a": 400}, 1.0)  # far below the prior
     assert cost.predict_ms({"a": 400}) == pytest.approx(1.0, abs=0.5)
@@ -39,4 +39,4 @@ def test_equal_steps_leave_a_prediction_that_fits_them_and_nothing_negative() ->
 
 
 def test_before_any_step_the_prior_speaks() -> None:
-    assert CostModel(["a"]).predict_ms({}) == PRIOR_STEP_MS
+    assert CostModel().predict_ms({}) == PRIOR_STEP_MS

@@ -30,7 +30,7 @@ def serve(model: LoadedModel, use: Callable[[Engine], Awaitable[None]]) -> None:
     """Run a scenario against a started engine."""
 
     async def run() -> None:
-        engine = Engine(model.runner, model.version)
+        engine = Engine(model)
         engine.start()
         try:
             await use(engine)
@@ -95,7 +95,7 @@ def test_shared_ragged_steps_answer_as_one_by_one(load_tiny: Load, make_request:
 
 def test_request_spread_over_steps_comes_back_whole(load_tiny: Load, make_request: Make) -> None:
     model = load_tiny()
-    request = make_request(tuple([7] * 40), deadline_ms=60_000.0)
+    request = make_request(tuple([7] * 40), deadline_ms=60_000.0, service_class=ServiceClass.BATCH)
     with LocalClient(model) as client:
         whole = infer_blocking(client, request)
     with LocalClient(model, Limits(max_step_ms=0.01)) as client:
@@ -211,7 +211,7 @@ def test_stall_shows_and_requests_that_wait_expire_or_fail_at_stop(
     async def run() -> None:
         model, release = load_tiny(), asyncio.Event()
         slow = SlowModel(model.runner, release)
-        engine = Engine(replace(model.runner, model=slow), "v")
+        engine = Engine(LoadedModel(replace(model.runner, model=slow), "v"))
         assert engine.stalled_s == np.inf  # not started
         engine.start()
         assert engine.stalled_s == 0.0

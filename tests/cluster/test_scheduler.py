@@ -1,88 +1,20 @@
 """Order, budget, shares, refusal and cancellation of the scheduler, in injected time."""
 
 import asyncio
-from collections.abc import Callable, Sequence
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from cluster.cost import CostModel
 from cluster.errors import DeadlineExceededError, QueueFullError, UnavailableError
-from cluster.scheduler import Job, Limits, Scheduler, Step
-from cluster.schemas import InferRequest, InferResponse, ServiceClass
-
-TOKEN_MS = 0.1
-STEP_MS = 1.0
-LIMITS = Limits(max_step_ms=11.05)  # room for 100 tokens
-CLASSES = list(ServiceClass)
-
-
-class Bench:
-    """A scheduler with a known cost model and a clock under control."""
-
-    def __init__(self, limits: Limits = LIMITS) -> None:
-        self.now = 100.0
-        cost = CostModel(["task"])
-        for n in (1, 1000) * 300:
-            cost.observe({"task": n}, STEP_MS + TOKEN_MS * n)
-        self.scheduler = Scheduler(cost, lambda: self.now, limits)
-        self.count = 0
-
-    def add(
-        self,
-        tokens: Sequence[int],
-        service_class: ServiceClass = ServiceClass.STREAM,
-        deadline_ms: float = 10_000.0,
-        tenant: str = "t",
-    ) -> Job:
-        self.count += 1
-        request = InferRequest(
-            request_id=f"r{self.count}",
-            tenant=tenant,
-            task="task",
-            features=np.zeros((len(tokens), 1), dtype=np.float32),
-            cu_seqlens=np.arange(len(tokens) + 1, dtype=np.int32),
-            service_class=service_class,
-            deadline_ms=deadline_ms,
-        )
-        future: asyncio.Future[InferResponse] = asyncio.get_running_loop().create_future()
-        job = Job(request, np.array(tokens, dtype=np.int64), self.now, future)
-        self.scheduler.submit(job)
-        return job
-
-    def step(self) -> Step:
-        """Run one step, advancing time by what it costs."""
-        step = self.scheduler.plan()
-        elapsed_ms = STEP_MS + TOKEN_MS * tokens_of(step)
-        self.now += elapsed_ms / 1e3
-        self.scheduler.finish(step, elapsed_ms)
-        return step
-
-
-def tokens_of(step: Step) -> int:
-    return sum(part.num_tokens for part in step)
-
-
-def ids(step: Step) -> list[str]:
-    return [part.job.request.request_id for part in step]
-
-
-def in_loop(scenario: Callable[[], None]) -> None:
-    """Run a synchronous scenario where futures may be made."""
-
-    async def run() -> None:
-        scenario()
-
-    asyncio.run(run())
+from cluster.scheduler import Limits
+from cluster.schemas import ServiceClass
+from tests.cluster.scheduler_bench import LIMITS, Bench, ids, in_loop, tokens_of
 
 
 def test_earliest_deadline_goes_first_and_equal_ones_keep_their_order() -> None:
     def scenario() -> None:
         bench = Bench()
         for deadline_ms in (900.0, 500.0, 900.0, 500.0, 700.0):
-            bench.add([60], deadline_ms=deadline_ms)
+            bench.add([60], ServiceClass.BATCH, deadline_ms)
         order = [ids(bench.step()) for _ in range(5)]
         assert order == [["r2"], ["r4"], ["r5"], ["r1"], ["r3"]]
 
@@ -102,7 +34,7 @@ def test_stream_goes_before_interactive_before_batch() -> None:
 def test_a_request_is_spread_over_steps_by_whole_sequences() -> None:
     def scenario() -> None:
         bench = Bench()
-        job = bench.add([40, 40, 40, 90, 10])
+        job = bench.add([40, 40, 40, 90, 10], ServiceClass.BATCH)
         spans = []
         while step := bench.step():
             spans += [(part.first, part.last) for part in step]
@@ -238,37 +170,79 @@ def test_next_step_waits_for_work_and_ends_when_closed() -> None:
     asyncio.run(scenario())
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from(CLASSES),
-            st.lists(st.integers(0, 150), min_size=1, max_size=6),
-            st.sampled_from([3_000.0, 5_000.0, 9_000.0]),
-        ),
-        min_size=1,
-        max_size=15,
-    )
-)
-def test_everything_runs_once_in_deadline_order_within_budget(
-    arrivals: list[tuple[ServiceClass, list[int], float]],
-) -> None:
+def test_a_stream_request_is_not_cut_by_the_limit_of_batch_steps() -> None:
     def scenario() -> None:
         bench = Bench()
-        jobs = [bench.add(tokens, each, deadline_ms) for each, tokens, deadline_ms in arrivals]
-        seen: dict[Job, list[int]] = {job: [] for job in jobs}
-        last_first: dict[ServiceClass, float] = {}
-        while step := bench.step():
-            sizes = [n for part in step for n in part.job.tokens[part.first : part.last]]
-            assert tokens_of(step) <= 101 or len([n for n in sizes if n]) == 1
-            for part in step:
-                seen[part.job] += range(part.first, part.last)
-                each = part.job.request.service_class
-                if part.first == 0:
-                    assert part.job.deadline >= last_first.get(each, 0.0)
-                    last_first[each] = part.job.deadline
-        for job in jobs:
-            assert seen[job] == list(range(job.request.num_sequences))
-            assert job.num_done == job.request.num_sequences
+        bench.add([1] * 500)
+        bench.add([10] * 50, ServiceClass.BATCH)
+        assert [tokens_of(bench.step()) for _ in range(2)] == [500, 100]
+
+    in_loop(scenario)
+
+
+def test_a_batch_step_leaves_room_for_a_tight_stream_request_seen_lately() -> None:
+    def scenario() -> None:
+        bench = Bench()
+        bench.add([10], deadline_ms=24.2)  # a quarter of it: 6 ms, of which 1 ms is fixed
+        bench.step()
+        bench.add([10] * 50, ServiceClass.BATCH, deadline_ms=1e6)
+        assert tokens_of(bench.step()) == 50
+        bench.now += LIMITS.deadline_memory_s
+        bench.add([10] * 50, ServiceClass.BATCH, deadline_ms=1e6)
+        assert tokens_of(bench.step()) == 100  # forgotten
+
+    in_loop(scenario)
+
+
+def test_a_far_deadline_counts_as_the_ageing_limit() -> None:
+    def scenario() -> None:
+        bench = Bench(Limits(max_step_ms=11.05, ageing_ms=1000.0))
+        bench.add([100], ServiceClass.BATCH, deadline_ms=1e9)
+        bench.now += 0.6
+        bench.add([100], ServiceClass.BATCH, deadline_ms=500.0)
+        assert ids(bench.step()) == ["r1"]  # due 1.0 s after the start, the other one 1.1 s
+        bench.add([100], ServiceClass.BATCH, deadline_ms=1e9)
+        assert ids(bench.step()) == ["r2"]
+
+    in_loop(scenario)
+
+
+def test_a_tenant_with_too_many_tokens_waiting_is_refused() -> None:
+    def scenario() -> None:
+        bench = Bench(Limits(tokens_per_tenant=100))
+        bench.add([500])  # a single request may be of any size
+        with pytest.raises(QueueFullError, match="at most 100 waiting tokens, got 510"):
+            bench.add([10])
+        bench.add([10], tenant="other")
+
+    in_loop(scenario)
+
+
+def test_a_tenant_far_ahead_of_its_share_goes_behind_the_others() -> None:
+    def scenario() -> None:
+        bench = Bench(Limits(max_step_ms=11.05, tenant_lead_ms=15.0))
+        for _ in range(6):
+            bench.add([100], ServiceClass.BATCH, deadline_ms=5_000.0, tenant="greedy")
+        for _ in range(3):
+            bench.add([100], ServiceClass.BATCH, deadline_ms=9_000.0, tenant="modest")
+        order = [step[0].job.request.tenant[0] for step in iter(bench.step, [])]
+        # the earliest deadlines go first until they are 15 ms of work ahead, then turns are taken
+        assert order == ["g", "g", "m", "g", "m", "g", "m", "g", "g"]
+
+    in_loop(scenario)
+
+
+def test_queued_tokens_and_predicted_delay_tell_what_waits() -> None:
+    def scenario() -> None:
+        bench = Bench()
+        assert bench.scheduler.predicted_delay_ms == 0.0
+        bench.add([10] * 10)
+        bench.add([10] * 30, ServiceClass.BATCH)
+        assert bench.scheduler.queued_tokens == {
+            ServiceClass.STREAM: 100,
+            ServiceClass.INTERACTIVE: 0,
+            ServiceClass.BATCH: 300,
+        }
+        assert bench.scheduler.predicted_delay_ms == pytest.approx(41.0, rel=0.05)
 
     in_loop(scenario)

@@ -24,6 +24,7 @@ from cluster.errors import (
     InvalidRequestError,
     UnknownModelError,
 )
+from cluster.loading import OneModel
 from cluster.schemas import InferRequest, InferResponse
 
 if TYPE_CHECKING:
@@ -246,7 +247,7 @@ def test_taken_port_and_altered_weights_are_one_line_before_ray_starts(
 
     port = int(platform_url.rpartition(":")[2])
     with pytest.raises(ConfigurationError, match="expected a free port"):
-        start(PlatformConfig(port=port), load=load_tiny)
+        start(PlatformConfig(port=port), source=OneModel(load_tiny))
     code = "import sys; from apps.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "serve", "--models", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

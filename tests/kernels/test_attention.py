@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 import kernels.attention
-from kernels.attention import AttentionPattern, varlen_attention
+from kernels.attention import FULL, AttentionPattern, varlen_attention
 from kernels.dispatch import Form, Impl
 
 NearCheck = Callable[[Tensor, Tensor], None]
 FORMS = get_args(Form)
-FULL = AttentionPattern(window=None)
+
 PATTERNS = [
     FULL,
     AttentionPattern(window=0),

@@ -1,0 +1,65 @@
+"""What a request is cut into: the pieces that the scheduler spreads over steps.
+
+A piece is a whole sequence, or one chunk of one layer of a long one whose task allows it
+(``core_model.chunks``).  Pieces of a sequence are consecutive and run in order.
+
+Legend: P pieces, B sequences.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """The pieces of one request.
+
+    Args:
+        tokens: Tokens' worth of work of each piece, int64 [P].
+        sequence: The sequence of each piece, rising, int64 [P].
+    """
+
+    tokens: NDArray[np.int64]
+    sequence: NDArray[np.int64]
+
+    @classmethod
+    def whole(cls, tokens: NDArray[np.int64]) -> "Work":
+        """Every sequence in one piece."""
+        return cls(tokens, np.arange(tokens.size))
+
+    @classmethod
+    def cut(cls, tokens: NDArray[np.int64], chunk_tokens: int, num_layers: int) -> "Work":
+        """Cut sequences above ``chunk_tokens`` (0 = none may be cut) by chunk and layer.
+
+        Args:
+            tokens: Tokens of each sequence [B].
+            chunk_tokens: Tokens of a chunk.
+            num_layers: Layers of the model; a chunk passes below each and above the last.
+        """
+        if chunk_tokens == 0 or tokens.max(initial=0) <= chunk_tokens:
+            return cls.whole(tokens)
+        chunks = -(-tokens // chunk_tokens)
+        counts = np.where(tokens > chunk_tokens, chunks * (num_layers + 1), 1)
+        return cls(
+            np.repeat(np.maximum(tokens // counts, 1), counts),
+            np.repeat(np.arange(tokens.size), counts),
+        )
+
+    @property
+    def num_pieces(self) -> int:
+        """P."""
+        return self.tokens.size
+
+    @cached_property
+    def is_whole(self) -> NDArray[np.bool_]:
+        """Which pieces are whole sequences, [P]."""
+        whole: NDArray[np.bool_] = np.bincount(self.sequence)[self.sequence] == 1
+        return whole
+
+    @cached_property
+    def is_cut(self) -> bool:
+        """Whether any sequence has several pieces."""
+        return not bool(self.is_whole.all())
