@@ -229,7 +229,7 @@ class Engine:
         while step := await self._scheduler.next_step():
             self._heartbeat = started = self._clock()
             pendings, error = await self._launch(step)
-            finishing = asyncio.create_task(self._finish(step, started, pendings, error))
+            finishing = asyncio.create_task(self._finish_surely(step, started, pendings, error))
             under_way.add(finishing)
             depth = GPU_DEPTH if any(p.done is not None for p in pendings) else 1
             while len(under_way) >= depth:
@@ -249,6 +249,16 @@ class Engine:
         await asyncio.wait([running])
         error = running.exception()
         return ([], error) if error is not None else (running.result(), None)
+
+    async def _finish_surely(
+        self, step: Step, started: float, pendings: Sequence[Pending], error: BaseException | None
+    ) -> None:
+        """Finish a step; if that itself fails its requests learn of it."""
+        try:
+            await self._finish(step, started, pendings, error)
+        except Exception as failure:
+            LOG.exception("a step was not finished")
+            self._fail(step, failure)
 
     async def _finish(
         self, step: Step, started: float, pendings: Sequence[Pending], error: BaseException | None

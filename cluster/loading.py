@@ -76,6 +76,10 @@ class OneModel:
         """Return it."""
         return self._model()
 
+    def __reduce__(self) -> tuple[type["OneModel"], tuple[Callable[[], LoadedModel]]]:
+        """Travel without the model: Serve pickles the arguments of a replica that runs."""
+        return OneModel, (self.make,)
+
     def _model(self) -> LoadedModel:
         if self._made is None:
             self._made = self.make()

@@ -58,7 +58,7 @@ METRICS: Final = {
             "Tokens computed for requests.",
             ("task", "service_class", "version"),
         ),
-        Metric("trimoe_padding_tokens_total", Kind.COUNTER, "Tokens computed for nobody; stays 0."),
+        Metric("trimoe_padding_tokens", Kind.GAUGE, "Tokens of a step computed for nobody; 0."),
         Metric(
             "trimoe_requests_total",
             Kind.COUNTER,

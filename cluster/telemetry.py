@@ -36,7 +36,7 @@ class Telemetry:
         record = self._recorder.record
         record("trimoe_step_ms", elapsed_ms, {})
         record("trimoe_step_tokens", sum(part.num_tokens for part in step), {})
-        record("trimoe_padding_tokens_total", 0, {})
+        record("trimoe_padding_tokens", 0, {})
         if time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + GAUGE_PERIOD_S
             for each, tokens in scheduler.queued_tokens.items():
@@ -76,13 +76,15 @@ class Telemetry:
         """A shadow has answered."""
         labels = {"version": version}
         self._recorder.record("trimoe_shadow_sequences_total", num_sequences, labels)
-        self._recorder.record("trimoe_shadow_disagreement_total", num_disagreed, labels)
+        if num_disagreed:  # Ray's counters take no zero
+            self._recorder.record("trimoe_shadow_disagreement_total", num_disagreed, labels)
 
     def _send_loads(self) -> None:
         for version, unsent in self._unsent.items():
             for (layer, expert), tokens in np.ndenumerate(unsent):
                 labels = {"layer": str(layer), "expert": str(expert), "version": version}
-                self._recorder.record("trimoe_expert_tokens_total", int(tokens), labels)
+                if tokens:
+                    self._recorder.record("trimoe_expert_tokens_total", int(tokens), labels)
             load = self._load[version]
             for layer, ratio in enumerate(load.max(axis=1) / np.maximum(load.mean(axis=1), 1e-9)):
                 labels = {"layer": str(layer), "version": version}
