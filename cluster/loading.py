@@ -92,12 +92,15 @@ def load_checkpoint(path: Path, device: str = "cpu") -> LoadedModel:
     Raises:
         CheckpointError: As above.
     """
-    from core_model import checkpoint  # noqa: PLC0415 - torch and weights only where they run
+    from core_model import checkpoint, graphs  # noqa: PLC0415 - torch only where it runs
 
     try:
         model, manifest = checkpoint.load_checkpoint(path, device=device)
     except checkpoint.CheckpointError as error:
         raise CheckpointError(str(error)) from error
+    if device != "cpu":
+        model.graphs = graphs.BlockGraphs(model)
+        model.graphs.capture()
     registry = registered_tasks()
     runner = StepRunner(
         model=model,

@@ -65,9 +65,13 @@ class Block(nn.Module):
         return add_rmsnorm(branch_TD, residual_TD, self.moe_norm, self.eps)
 
     def forward(
-        self, branch_TD: Tensor, residual_TD: Tensor | None, groups: Sequence[SpanGroup]
+        self,
+        branch_TD: Tensor,
+        residual_TD: Tensor | None,
+        groups: Sequence[SpanGroup],
+        num_valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return branch, residual [T, D] and the chosen experts int32 [T, K]."""
         x_TD, residual_TD = self.attend(branch_TD, residual_TD, groups)
-        branch_TD, experts_TK = self.moe(x_TD)
+        branch_TD, experts_TK = self.moe(x_TD, num_valid)
         return branch_TD, residual_TD, experts_TK

@@ -7,7 +7,7 @@ Legend: T tokens, L layers, K chosen experts.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,14 @@ class StepOutput(NamedTuple):
     cu_tokens: Tensor
 
 
+class BlockRunner(Protocol):
+    """Another way to run the blocks, such as captured graphs."""
+
+    def run(self, tokens_TD: Tensor, groups: Sequence[SpanGroup]) -> tuple[Tensor, Tensor]:
+        """Return what ``MoETransformer.run_blocks`` returns."""
+        ...
+
+
 class MoETransformer(nn.Module):
     """Adapters -> shared blocks -> heads.
 
@@ -53,14 +61,24 @@ class MoETransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = nn.Parameter(torch.ones(config.d_model))
         self.heads = nn.ModuleDict({t: registry[t].build_head(config) for t in tasks})
+        self.graphs: BlockRunner | None = None
+
+    def narrow_blocks(self, dtype: torch.dtype) -> Self:
+        """Convert the shared blocks, for a GPU; routers, adapters and heads stay float32."""
+        for name, parameter in self.named_parameters():
+            if (name.startswith("blocks.") and not name.endswith("router")) or name == "final_norm":
+                parameter.data = parameter.data.to(dtype)
+        return self
 
     def forward(self, batches: Mapping[str, RaggedBatch]) -> StepOutput:
         """Run one step over the packed sequences of one or more tasks."""
         encoded: list[Encoded] = [self.adapters[task](batch) for task, batch in batches.items()]
-        tokens_TD, experts_LTK = self.run_blocks(
-            torch.cat([part.tokens_TD for part in encoded]),
+        run = self.run_blocks if self.graphs is None else self.graphs.run
+        tokens_TD, experts_LTK = run(
+            torch.cat([part.tokens_TD for part in encoded]).to(self.final_norm.dtype),
             merge_groups([part.spans for part in encoded]),
         )
+        tokens_TD = tokens_TD.to(encoded[0].tokens_TD.dtype)
         pieces = tokens_TD.split([part.tokens_TD.shape[0] for part in encoded])
         outputs = {
             task: self.heads[task](piece, part)
@@ -69,12 +87,20 @@ class MoETransformer(nn.Module):
         cu_tokens = concat_cu_seqlens([part.cu_tokens for part in encoded])
         return StepOutput(outputs, experts_LTK, cu_tokens)
 
-    def run_blocks(self, tokens_TD: Tensor, groups: Sequence[SpanGroup]) -> tuple[Tensor, Tensor]:
-        """Return normalised tokens [T, D] and the chosen experts int32 [L, T, K]."""
+    def run_blocks(
+        self,
+        tokens_TD: Tensor,
+        groups: Sequence[SpanGroup],
+        num_valid: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return normalised tokens [T, D] and the chosen experts int32 [L, T, K].
+
+        Tokens from ``num_valid`` (int32 [1]) on are idle: no expert works for them.
+        """
         branch_TD, residual_TD = tokens_TD, None
         chosen = []
         for block in self.blocks:
-            branch_TD, residual_TD, experts_TK = block(branch_TD, residual_TD, groups)
+            branch_TD, residual_TD, experts_TK = block(branch_TD, residual_TD, groups, num_valid)
             chosen.append(experts_TK)
         normed_TD, _ = add_rmsnorm(branch_TD, residual_TD, self.final_norm, self.config.rms_eps)
         return normed_TD, torch.stack(chosen)

@@ -42,9 +42,14 @@ class MoELayer(nn.Module):
         """Return the score of each expert before the sigmoid, float32 [T, E]."""
         return functional.linear(x_TD.float(), self.router.float())
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the layer's output [T, D] and the chosen experts int32 [T, K]."""
-        routing = route(self.router_logits(x_TD), self.expert_bias, self.num_chosen)
+    def forward(self, x_TD: Tensor, num_valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the layer's output [T, D] and the chosen experts int32 [T, K].
+
+        ``num_valid`` (see ``route``) keeps idle tokens away from the experts.
+        """
+        routing = route(
+            self.router_logits(x_TD), self.expert_bias, self.num_chosen, num_valid=num_valid
+        )
         rows_RD = permute(x_TD, routing.tokens_R)
         rows_RD = grouped_ffn(rows_RD, self.gate_up, self.down, routing)
         routed_TD = combine(rows_RD, routing.weights_TK, routing.rows_TK)

@@ -35,7 +35,8 @@ def grouped_ffn(
 
     Returns:
         [R, D], dtype of ``x_RD``; products are accumulated in float32, the hidden row is
-        rounded to the dtype of ``x_RD`` (not in the reference).
+        rounded to the dtype of ``x_RD`` (not in the reference).  Rows that no expert owns are
+        undefined.
 
     Raises:
         ValueError: A shape, dtype or layout disagrees with the above.
@@ -64,11 +65,11 @@ def grouped_ffn_reference(
     wide = compute_dtype(x_RD.dtype)
     loads = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
     pieces = []
-    for expert, rows_ND in enumerate(torch.split(x_RD.to(wide), loads)):
+    for expert, rows_ND in enumerate(x_RD[: sum(loads)].to(wide).split(loads)):
         gate_FD, up_FD = gate_up_EGD[expert].to(wide).chunk(2)
         hidden_NF = functional.silu(rows_ND @ gate_FD.T) * (rows_ND @ up_FD.T)
         pieces.append(hidden_NF @ down_EDF[expert].to(wide).T)
-    return torch.cat(pieces).to(x_RD.dtype)
+    return torch.cat([*pieces, x_RD[sum(loads) :]]).to(x_RD.dtype)
 
 
 def _grouped_ffn_torch(
@@ -82,7 +83,8 @@ def _grouped_ffn_torch(
     loads = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
     weights = zip(gate_up_EGD.unbind(), down_EDF.unbind(), strict=True)
     pieces = []
-    for rows_ND, (gate_up_GD, down_DF) in zip(torch.split(x_RD, loads), weights, strict=True):
+    owned_RD = x_RD[: sum(loads)]
+    for rows_ND, (gate_up_GD, down_DF) in zip(owned_RD.split(loads), weights, strict=True):
         gate_NF, up_NF = functional.linear(rows_ND, gate_up_GD).chunk(2, dim=1)
         pieces.append(functional.linear(functional.silu(gate_NF) * up_NF, down_DF))
-    return torch.cat(pieces)
+    return torch.cat([*pieces, x_RD[sum(loads) :]])

@@ -61,6 +61,7 @@ def route(
     num_chosen: int,
     *,
     block_rows: int = 64,
+    num_valid: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Routing:
     """Choose experts for each token and lay out the rows by expert.
@@ -75,10 +76,13 @@ def route(
         bias_E: Selection bias, float32; it moves the choice, never the weights.
         num_chosen: K, from 1 to E.
         block_rows: Most rows of a tile, a power of two from 16.
+        num_valid: How many leading tokens are somebody's, int32 [1]; the others (of a captured
+            graph that is wider than the step) take no row and weigh 0.  None = all.
         impl: Form to run.
 
     Returns:
-        The routing; weights are differentiable in ``logits_TE``.
+        The routing; weights are differentiable in ``logits_TE``.  Rows past the last end are
+        nobody's and name token 0.
 
     Raises:
         ValueError: A shape, dtype or count disagrees with the above.
@@ -94,16 +98,29 @@ def route(
     if block_rows < 16 or block_rows & (block_rows - 1):
         message = f"block_rows: expected a power of two from 16, got {block_rows}"
         raise ValueError(message)
+    if num_valid is not None:
+        check("num_valid", num_valid, (1,), torch.int32)
     form = select_impl(impl, logits_TE, bias_E)
     if form == "triton":
         from kernels._triton.routing import launch  # noqa: PLC0415 - Triton is optional
 
-        return launch(logits_TE, bias_E, num_chosen, block_rows)
+        return launch(logits_TE, bias_E, num_chosen, block_rows, num_valid)
     choose = choose_reference if form == "reference" else _choose_torch
     experts_TK = choose(logits_TE.detach(), bias_E.detach(), num_chosen)
     # softmax of log-sigmoids = sigmoids over their sum, without 0 / 0
     weights_TK = functional.logsigmoid(logits_TE.gather(1, experts_TK)).softmax(dim=1)
-    return _lay_out(weights_TK, experts_TK, logits_TE.shape[1], block_rows)
+    if num_valid is None:
+        return _lay_out(weights_TK, experts_TK, logits_TE.shape[1], block_rows)
+    idle_T1 = (torch.arange(len(logits_TE), device=logits_TE.device) >= num_valid).unsqueeze(1)
+    owned = experts_TK.masked_fill(idle_T1, logits_TE.shape[1])  # sorts behind every expert
+    routing = _lay_out(weights_TK.masked_fill(idle_T1, 0.0), owned, logits_TE.shape[1], block_rows)
+    num_owned = num_valid * num_chosen
+    nobodys_R = torch.arange(experts_TK.numel(), device=logits_TE.device) >= num_owned
+    return routing._replace(
+        experts_TK=routing.experts_TK.masked_fill(idle_T1, 0),
+        rows_TK=routing.rows_TK.masked_fill(idle_T1, 0),
+        tokens_R=routing.tokens_R.masked_fill(nobodys_R, 0),
+    )
 
 
 def choose_reference(logits_TE: Tensor, bias_E: Tensor, num_chosen: int) -> Tensor:

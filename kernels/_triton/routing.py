@@ -19,14 +19,24 @@ TILE_ELEMENTS = 2048  # tokens x experts of a block
 MAX_BLOCK_T = 64
 
 
+@triton.jit
+def _num_valid(valid_ptr: tl.tensor, num_tokens: tl.tensor, HAS_VALID: tl.constexpr) -> tl.tensor:
+    """How many leading tokens are somebody's."""
+    if HAS_VALID:
+        return tl.minimum(tl.load(valid_ptr), num_tokens)
+    return num_tokens
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _choose_kernel(
     logits_ptr: tl.tensor,
     bias_ptr: tl.tensor,
+    valid_ptr: tl.tensor,
     weights_ptr: tl.tensor,
     experts_ptr: tl.tensor,
     counts_ptr: tl.tensor,
     num_tokens: tl.tensor,
+    HAS_VALID: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -35,6 +45,7 @@ def _choose_kernel(
     block = tl.program_id(0)
     token_T = block * BLOCK_T + tl.arange(0, BLOCK_T)
     expert_E = tl.arange(0, BLOCK_E)
+    valid_T = token_T < _num_valid(valid_ptr, num_tokens, HAS_VALID)
     inside_TE = (token_T < num_tokens)[:, None] & (expert_E < E)[None, :]
     offset_TE = token_T.to(tl.int64)[:, None] * E + expert_E[None, :]
     logit_TE = tl.load(logits_ptr + offset_TE, mask=inside_TE, other=0.0)
@@ -56,10 +67,12 @@ def _choose_kernel(
     exp_TE = tl.exp(log_score_TE - tl.max(log_score_TE, axis=1)[:, None])
     weight_TE = exp_TE / tl.sum(exp_TE, axis=1)[:, None]
     out_TE = token_T.to(tl.int64)[:, None] * K + slot_TE
+    weight_TE = tl.where(valid_T[:, None], weight_TE, 0.0)
     tl.store(weights_ptr + out_TE, weight_TE, mask=chosen_TE)
     wide_expert_TE = tl.broadcast_to(expert_E[None, :], (BLOCK_T, BLOCK_E))
+    wide_expert_TE = tl.where(valid_T[:, None], wide_expert_TE, 0)
     tl.store(experts_ptr + out_TE, wide_expert_TE, mask=chosen_TE)
-    count_E = tl.sum(chosen_TE.to(tl.int32), axis=0)
+    count_E = tl.sum((chosen_TE & valid_T[:, None]).to(tl.int32), axis=0)
     tl.store(counts_ptr + block * E + expert_E, count_E, mask=expert_E < E)
 
 
@@ -86,6 +99,7 @@ def _tile_map(
 def _lay_out_kernel(
     experts_ptr: tl.tensor,
     counts_ptr: tl.tensor,
+    valid_ptr: tl.tensor,
     rows_ptr: tl.tensor,
     tokens_ptr: tl.tensor,
     load_ptr: tl.tensor,
@@ -95,6 +109,7 @@ def _lay_out_kernel(
     num_tokens: tl.tensor,
     num_blocks: tl.tensor,
     num_tiles: tl.tensor,
+    HAS_VALID: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -116,9 +131,14 @@ def _lay_out_kernel(
 
     token_T = block * BLOCK_T + tl.arange(0, BLOCK_T)
     slot_TE = tl.full((BLOCK_T, BLOCK_E), -1, tl.int32)
+    valid_T = token_T < _num_valid(valid_ptr, num_tokens, HAS_VALID)
     for k in tl.static_range(K):
-        chosen_T = tl.load(experts_ptr + token_T * K + k, mask=token_T < num_tokens, other=-1)
+        chosen_T = tl.load(experts_ptr + token_T * K + k, mask=valid_T, other=-1)
         slot_TE = tl.where(expert_E[None, :] == chosen_T[:, None], k, slot_TE)
+        if HAS_VALID:  # an idle token's choices name row 0, and the rows past the last token 0
+            idle_T = (token_T < num_tokens) & (token_T >= tl.load(valid_ptr))
+            tl.store(rows_ptr + token_T * K + k, tl.zeros((BLOCK_T,), tl.int32), mask=idle_T)
+            tl.store(tokens_ptr + token_T * K + k, tl.zeros((BLOCK_T,), tl.int32), mask=idle_T)
     chosen_TE = (slot_TE >= 0).to(tl.int32)
     earlier_TE = tl.cumsum(chosen_TE, axis=0) - chosen_TE
     row_TE = (end_E - load_E + before_E)[None, :] + earlier_TE
@@ -154,7 +174,13 @@ def _empty_routing(logits_TE: Tensor, num_chosen: int, block_rows: int) -> Routi
     )
 
 
-def launch(logits_TE: Tensor, bias_E: Tensor, num_chosen: int, block_rows: int) -> Routing:
+def launch(
+    logits_TE: Tensor,
+    bias_E: Tensor,
+    num_chosen: int,
+    block_rows: int,
+    num_valid: Tensor | None = None,
+) -> Routing:
     """Run both kernels on checked inputs; with no tokens one block still writes the map."""
     num_tokens, num_experts = logits_TE.shape
     out = _empty_routing(logits_TE, num_chosen, block_rows)
@@ -163,12 +189,23 @@ def launch(logits_TE: Tensor, bias_E: Tensor, num_chosen: int, block_rows: int) 
     num_blocks = max(1, triton.cdiv(num_tokens, block_t))
     counts_BE = out.load_E.new_empty(num_blocks, num_experts)
     sizes = {"E": num_experts, "K": num_chosen, "BLOCK_T": block_t, "BLOCK_E": block_e}
+    valid = {"HAS_VALID": num_valid is not None}
+    valid_1 = out.load_E if num_valid is None else num_valid  # not read if there is none
     _choose_kernel[(num_blocks,)](
-        logits_TE, bias_E, out.weights_TK, out.experts_TK, counts_BE, num_tokens, **sizes
+        logits_TE,
+        bias_E,
+        valid_1,
+        out.weights_TK,
+        out.experts_TK,
+        counts_BE,
+        num_tokens,
+        **valid,
+        **sizes,
     )
     _lay_out_kernel[(num_blocks,)](
         out.experts_TK,
         counts_BE,
+        valid_1,
         out.rows_TK,
         out.tokens_R,
         out.load_E,
@@ -179,6 +216,7 @@ def launch(logits_TE: Tensor, bias_E: Tensor, num_chosen: int, block_rows: int) 
         num_blocks,
         out.tile_expert_M.numel(),
         BLOCK_ROWS=block_rows,
+        **valid,
         **sizes,
     )
     return out

@@ -117,6 +117,13 @@ def launch_all(shape: Shape) -> None:
         shape.chosen,
         shape.block_rows,
     )
+    routing.launch(
+        meta(t, e, dtype=torch.float32),
+        meta(e, dtype=torch.float32),
+        shape.chosen,
+        shape.block_rows,
+        meta(1, dtype=torch.int32),
+    )
     x_RD = permute.launch_permute(x_TD, routed.tokens_R)
     y_RD = grouped_ffn.launch(x_RD, meta(e, 2 * f, d), meta(e, d, f), routed)
     permute.launch_combine(y_RD, routed.weights_TK, routed.rows_TK)

@@ -161,3 +161,27 @@ def test_gradient_of_the_weights(impl: Impl) -> None:
 def test_bad_counts_are_refused(num_chosen: int, block_rows: int) -> None:
     with pytest.raises(ValueError, match="expected"):
         route(torch.zeros(3, 4), torch.zeros(4), num_chosen, block_rows=block_rows)
+
+
+@pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("num_valid", [0, 1, 9, 37])
+def test_idle_tokens_take_no_row_and_disturb_nobody(
+    impl: Impl, num_valid: int, device: torch.device, assert_near: NearCheck
+) -> None:
+    logits_TE = torch.randn(37, 5, device=device)
+    logits_TE[num_valid:] = torch.nan
+    bias_E = torch.zeros(5, device=device)
+    count = torch.tensor([num_valid], dtype=torch.int32, device=device)
+    routing = route(logits_TE, bias_E, 2, block_rows=16, num_valid=count, impl=impl)
+    alone = route(logits_TE[:num_valid].contiguous(), bias_E, 2, block_rows=16, impl=impl)
+    assert_near(routing.weights_TK[:num_valid], alone.weights_TK)
+    assert not routing.weights_TK[num_valid:].any()
+    for name in ("experts_TK", "rows_TK"):
+        assert torch.equal(getattr(routing, name)[:num_valid], getattr(alone, name))
+        assert not getattr(routing, name)[num_valid:].any()
+    assert torch.equal(routing.tokens_R[: 2 * num_valid], alone.tokens_R)
+    assert not routing.tokens_R[2 * num_valid :].any()
+    assert torch.equal(routing.load_E, alone.load_E)
+    assert torch.equal(routing.ends_E, alone.ends_E)
+    used = (routing.tile_expert_M >= 0).sum()
+    assert torch.equal(routing.tile_expert_M[:used], alone.tile_expert_M[: int(used)])

@@ -1,0 +1,73 @@
+"""A step in a wider bucket gives what it gives alone; the graphs themselves need a GPU."""
+
+import pytest
+import torch
+
+from core_model.config import PRESETS
+from core_model.graphs import BUCKETS, BlockGraphs, Slots
+from core_model.model import MoETransformer
+from core_model.packing import SpanGroup, offsets_from_lengths
+from kernels.attention import FULL, AttentionPattern
+
+
+def step(num_spans: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Spans of one and two tokens, as fraud has them."""
+    lengths = torch.tensor([1, 2] * num_spans)[:num_spans]
+    cu_spans = offsets_from_lengths(lengths).to(device)
+    generator = torch.Generator().manual_seed(num_spans)
+    tokens = torch.randn(int(lengths.sum()), PRESETS["base"].d_model, generator=generator)
+    return tokens.to(device), cu_spans
+
+
+@pytest.mark.parametrize("num_spans", [1, 7, 42])
+@torch.inference_mode()
+def test_idle_tokens_change_nothing(num_spans: int) -> None:
+    torch.manual_seed(0)
+    model = MoETransformer(PRESETS["base"], ["fraud"]).eval()
+    tokens_TD, cu_spans = step(num_spans)
+    slots = Slots.of(64, tokens_TD)
+    slots.tokens_WD.fill_(7.0)  # left from another step
+    slots.fill(tokens_TD, cu_spans)
+    num_tokens = tokens_TD.shape[0]
+    wide_WD, experts_LWK = model.run_blocks(slots.tokens_WD, [slots.group(FULL)], slots.num_valid)
+    alone_TD, experts_LTK = model.run_blocks(tokens_TD, [SpanGroup(num_tokens, cu_spans, FULL)])
+    torch.testing.assert_close(wide_WD[:num_tokens], alone_TD, rtol=1e-4, atol=1e-5)
+    assert torch.equal(experts_LWK[:, :num_tokens], experts_LTK)
+    assert torch.isfinite(wide_WD).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.inference_mode()
+def test_replays_equal_the_eager_blocks_and_what_does_not_fit_runs_eagerly() -> None:
+    torch.manual_seed(0)
+    model = MoETransformer(PRESETS["base"], ["fraud"]).eval().cuda()
+    graphs = BlockGraphs(model)
+    graphs.capture()
+    for num_spans in (1, 42, 43, 333, 1000, BUCKETS[-1]):
+        tokens_TD, cu_spans = step(num_spans, "cuda")
+        groups = [SpanGroup(tokens_TD.shape[0], cu_spans, FULL)]
+        got_TD, got_LTK = graphs.run(tokens_TD, groups)
+        want_TD, want_LTK = model.run_blocks(tokens_TD, groups)
+        torch.testing.assert_close(got_TD, want_TD, rtol=1e-3, atol=1e-4)
+        assert (got_LTK != want_LTK).float().mean() < 1e-3  # near ties may flip
+    tokens_TD, cu_spans = step(43, "cuda")
+    windowed = [SpanGroup(tokens_TD.shape[0], cu_spans, AttentionPattern(64))]
+    torch.testing.assert_close(
+        graphs.run(tokens_TD, windowed)[0], model.run_blocks(tokens_TD, windowed)[0]
+    )
+
+
+@torch.inference_mode()
+def test_narrowed_blocks_keep_routers_adapters_and_heads_wide() -> None:
+    model = MoETransformer(PRESETS["tiny"], ["fraud"]).narrow_blocks(torch.bfloat16)
+    kinds = {name: p.dtype for name, p in model.named_parameters()}
+    narrow = {name for name, kind in kinds.items() if kind is torch.bfloat16}
+    assert "final_norm" in narrow
+    assert "blocks.0.moe.gate_up" in narrow
+    assert "blocks.0.attention.qkv" in narrow
+    assert not {n for n in narrow if "router" in n or n.startswith(("adapters", "heads"))}
+    tokens_TD = torch.randn(5, model.config.d_model)
+    groups = [SpanGroup(5, torch.tensor([0, 2, 5], dtype=torch.int32), FULL)]
+    narrow_TD, _ = model.run_blocks(tokens_TD.bfloat16(), groups)
+    assert narrow_TD.dtype is torch.bfloat16
