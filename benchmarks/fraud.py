@@ -7,15 +7,11 @@ compressed to the offered rate.  Drops are inputs without an answer.
 """
 
 import argparse
-import csv
 import json
-import os
-import platform as machine
-import shutil
-import subprocess
 import sys
 import time
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -30,6 +26,7 @@ from apps.fraud.trial import LoadProcess, Offer, Outcome, run_trial
 from apps.fraud.watch import Watch, open_watch_stream
 from benchmarks.fraud_rig import NUM_PARTITIONS, make_topics
 from benchmarks.real_kafka import RealKafka
+from benchmarks.results import append_row
 
 if TYPE_CHECKING:
     from cluster.loading import ModelSource
@@ -56,9 +53,10 @@ def measure(args: argparse.Namespace, source: "ModelSource | None" = None) -> di
             topics=topics,
             warm_from=world.history,
             state_dir=folder / "state",
-            reorder_wait_ms=args.reorder_wait_ms,
             profile_dir=args.profile and args.profile.resolve(),
         )
+        if args.reorder_wait_ms is not None:
+            settings = replace(settings, reorder_wait_ms=args.reorder_wait_ms)
         plan = WorkerPlan(kafka, settings, load_policy(), default_schemas())
         stack.enter_context(
             running_service(
@@ -88,36 +86,6 @@ def _figures(outcome: Outcome, settle_s: float) -> dict[str, float]:
     }
 
 
-def append_row(folder: Path, figures: dict[str, float], setting: dict[str, object]) -> Path:
-    """Append figures, setting, machine, commit and time to this month's file."""
-    facts: dict[str, object] = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": _commit(),
-        "cpus": os.cpu_count(),
-        "load_1min": round(os.getloadavg()[0], 2),
-        "python": machine.python_version(),
-        **setting,
-        **figures,
-    }
-    path = folder / f"fraud_{machine.machine()}_{time.strftime('%Y%m', time.gmtime())}.csv"
-    folder.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, facts.keys())
-        if is_new:
-            writer.writeheader()
-        writer.writerow(facts)
-    return path
-
-
-def _commit() -> str:
-    if shutil.which("git") is None:
-        return "none"
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - git
-    return done.stdout.strip() or "none"
-
-
 def main(args: argparse.Namespace, source: "ModelSource | None" = None) -> int:
     """Run ``trimoe bench fraud``; the last line is one JSON object."""
     figures = measure(args, source)
@@ -129,10 +97,12 @@ def main(args: argparse.Namespace, source: "ModelSource | None" = None) -> int:
         "device": args.device,
         "model": str(args.models or "shipped") if source is None else "injected",
     }
-    path = append_row(args.results or Path(__file__).parent / "results", figures, setting)
+    path = append_row(args.results or Path(__file__).parent / "results", "fraud", setting | figures)
     print(f"\nevent time is compressed to the offered rate; row appended to {path.name}")
     if args.profile is not None:
         for report in sorted(args.profile.glob("stages-*.json")):
             print(f"{report.name}: {json.dumps(json.loads(report.read_text()))}")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
     print(json.dumps(figures))
     return 0 if figures["drops"] == 0 else 1

@@ -27,7 +27,7 @@ from cluster.errors import TrimoeError, UnavailableError
 from cluster.loading import LoadedModel
 from cluster.pending import PendingRequests
 from cluster.recorder import NullRecorder, Recorder
-from cluster.scheduler import Job, Limits, Scheduler, Step
+from cluster.scheduler import Job, Limits, Scheduler, Step, count_tokens
 from cluster.schemas import InferRequest, InferResponse, ServiceClass, Timings
 from cluster.step import Answer, Pending, offsets
 from cluster.telemetry import Telemetry
@@ -43,6 +43,9 @@ WARM_UP_TENANT: Final = "warm-up"
 SHADOW_TENANT: Final = "shadow"
 SHADOW_DEADLINE_MS: Final = 10_000.0
 GPU_DEPTH: Final = 2  # steps under way: one computes, one is packed
+LAUNCH_LEAD: Final = 1.5  # of the usual time to pack and launch, before the GPU runs dry
+LAUNCH_SLACK_MS: Final = 1.0
+LAUNCH_MEMORY: Final = 0.2  # weight of the latest launch
 
 Load = Callable[[str], LoadedModel]
 
@@ -78,7 +81,8 @@ class Engine:
         self._models = {model.version: model}
         self._records: defaultdict[str, VersionRecord] = defaultdict(VersionRecord)
         self._clock = clock
-        self._scheduler = Scheduler(CostModel(), clock, limits)
+        self._cost = CostModel()
+        self._scheduler = Scheduler(self._cost, clock, limits)
         self._telemetry = Telemetry(recorder or NullRecorder())
         self._pending = PendingRequests()
         self._launcher = ThreadPoolExecutor(1, thread_name_prefix="step")
@@ -88,7 +92,8 @@ class Engine:
         self._background: set[asyncio.Task[None]] = set()
         self._num_steps = 0
         self._num_failed_in_a_row = 0
-        self._heartbeat = self._step_ended = clock()
+        self._heartbeat = self._step_ended = self._busy_until = clock()
+        self._launch_ms = 0.0
         self._loop_task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -228,14 +233,35 @@ class Engine:
         under_way: set[asyncio.Task[None]] = set()
         while step := await self._scheduler.next_step():
             self._heartbeat = started = self._clock()
+            predicted_ms = self._cost.predict_ms(count_tokens(step))
             pendings, error = await self._launch(step)
             finishing = asyncio.create_task(self._finish_surely(step, started, pendings, error))
             under_way.add(finishing)
-            depth = GPU_DEPTH if any(p.done is not None for p in pendings) else 1
-            while len(under_way) >= depth:
-                _, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+            if any(pending.done is not None for pending in pendings):
+                under_way = await self._await_turn(under_way, started, predicted_ms)
+            else:
+                await asyncio.wait(under_way)
+                under_way = set()
         if under_way:
             await asyncio.wait(under_way)
+
+    async def _await_turn(
+        self, under_way: "set[asyncio.Task[None]]", started: float, predicted_ms: float
+    ) -> "set[asyncio.Task[None]]":
+        """Wait until the next step should be planned: late enough that what comes meanwhile is
+        in it, early enough that the GPU never waits; return the steps that still run.
+        """
+        now = self._clock()
+        self._launch_ms += LAUNCH_MEMORY * ((now - started) * 1e3 - self._launch_ms)
+        self._busy_until = max(started, self._busy_until) + predicted_ms / 1e3
+        left_s = self._busy_until - now - (LAUNCH_LEAD * self._launch_ms + LAUNCH_SLACK_MS) / 1e3
+        if left_s > 0:
+            _, under_way = await asyncio.wait(under_way, timeout=left_s)
+        while len(under_way) >= GPU_DEPTH:
+            _, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+        if not under_way:
+            self._busy_until = self._clock()
+        return under_way
 
     async def _launch(self, step: Step) -> tuple[Sequence[Pending], BaseException | None]:
         """Start a step, version by version; return what went wrong, if anything."""

@@ -105,7 +105,7 @@ def start(config: PlatformConfig, source: "ModelSource | None" = None) -> Platfo
         _check_port(config.host, config.port)
     prepare_environment()
     try:
-        _start_ray(config)
+        start_ray(config)
         client = _run_application(config, source)
     except BaseException:
         _shut_down()
@@ -135,7 +135,8 @@ def _check_port(host: str, port: int) -> None:
             raise ConfigurationError(message) from error
 
 
-def _start_ray(config: PlatformConfig) -> None:
+def start_ray(config: PlatformConfig) -> None:
+    """Start Ray on this machine, quietly, on loopback."""
     import ray  # noqa: PLC0415 - reads the environment when imported
 
     ray.init(

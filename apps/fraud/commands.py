@@ -26,7 +26,6 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_evaluate(commands)
     _add_train(commands)
     _add_demo(subparsers)
-    _add_bench(subparsers)
 
 
 def _later(module: str, function: str = "main") -> Callable[[argparse.Namespace], int]:
@@ -184,28 +183,6 @@ def _add_demo(subparsers: Subparsers) -> None:
     parser.add_argument("--models", metavar="DIR_OR_URL", help="default: the shipped weights")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.set_defaults(run=_later("apps.fraud.demo"))
-
-
-def _add_bench(subparsers: Subparsers) -> None:
-    bench = subparsers.add_parser("bench", help="measurements; rows in benchmarks/results")
-    subjects = bench.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
-    parser = subjects.add_parser("fraud", help="open-loop load through Kafka and the platform")
-    broker = parser.add_mutually_exclusive_group()
-    broker.add_argument("--embedded", action="store_true", help="the demo's broker, in memory")
-    broker.add_argument(
-        "--bootstrap-servers", metavar="HOST:PORT[,...]", help="default: starts Apache Kafka"
-    )
-    parser.add_argument("--kafka-config", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--rate", type=float, default=1525.0, metavar="TX_S")
-    parser.add_argument("--reorder-wait-ms", type=int, default=_DEFAULTS.reorder_wait_ms)
-    parser.add_argument("--seconds", type=float, default=60.0, help="measured part")
-    parser.add_argument("--settle", type=float, default=10.0, help="seconds that are not measured")
-    parser.add_argument("--workers", type=int, default=1, metavar="N")
-    parser.add_argument("--models", metavar="DIR_OR_URL", help="default: the shipped weights")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--profile", type=Path, metavar="DIR", help="where the time goes, by stage")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="default: benchmarks/results")
-    parser.set_defaults(run=_later("benchmarks.fraud"))
 
 
 def write_json(path: Path | None, figures: dict[str, object]) -> None:

@@ -1,0 +1,63 @@
+"""``trimoe bench SUBJECT``: measurements; what they run is imported when they run."""
+
+import argparse
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TypeAlias
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+SERVING_CASES = ("mixed", "goodput", "lengths", "long", "overload", "versions", "sweep")
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add ``trimoe bench ...``."""
+    bench = subparsers.add_parser("bench", help="measurements; rows in benchmarks/results")
+    subjects = bench.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
+    _add_fraud(subjects)
+    _add_serving(subjects)
+
+
+def _runner(module: str) -> Callable[[argparse.Namespace], int]:
+    def run(args: argparse.Namespace) -> int:
+        main: Callable[[argparse.Namespace], int] = import_module(module).main
+        return main(args)
+
+    return run
+
+
+def _add_common(parser: argparse.ArgumentParser, module: str) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="default: benchmarks/results")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.set_defaults(run=_runner(module))
+
+
+def _add_fraud(subjects: Subparsers) -> None:
+    parser = subjects.add_parser("fraud", help="open-loop load through Kafka and the platform")
+    broker = parser.add_mutually_exclusive_group()
+    broker.add_argument("--embedded", action="store_true", help="the demo's broker, in memory")
+    broker.add_argument(
+        "--bootstrap-servers", metavar="HOST:PORT[,...]", help="default: starts Apache Kafka"
+    )
+    parser.add_argument("--kafka-config", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--rate", type=float, default=1525.0, metavar="TX_S")
+    parser.add_argument("--reorder-wait-ms", type=int, help="default: that of fraud run")
+    parser.add_argument("--seconds", type=float, default=60.0, help="measured part")
+    parser.add_argument("--settle", type=float, default=10.0, help="seconds that are not measured")
+    parser.add_argument("--workers", type=int, default=1, metavar="N")
+    parser.add_argument("--models", metavar="DIR_OR_URL", help="default: the shipped weights")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="where the time goes, by stage")
+    _add_common(parser, "benchmarks.fraud")
+
+
+def _add_serving(subjects: Subparsers) -> None:
+    parser = subjects.add_parser("serving", help="scheduler, engine and versions beside peers")
+    parser.add_argument(
+        "--case", action="append", choices=SERVING_CASES, help="default: all on CPU"
+    )
+    parser.add_argument("--preset", default="base", choices=("tiny", "base", "large"))
+    parser.add_argument("--seconds", type=float, default=20.0, help="of one measurement")
+    parser.add_argument("--rounds", type=int, default=2, help="of alternating policies")
+    _add_common(parser, "benchmarks.serving")
