@@ -248,8 +248,9 @@ class Engine:
     async def _await_turn(
         self, under_way: "set[asyncio.Task[None]]", started: float, predicted_ms: float
     ) -> "set[asyncio.Task[None]]":
-        """Wait until the next step should be planned: late enough that what comes meanwhile is
-        in it, early enough that the GPU never waits; return the steps that still run.
+        """Wait until the next step should be planned; return the steps that still run.
+
+        Late enough that what comes meanwhile is in it, early enough that the GPU never waits.
         """
         now = self._clock()
         self._launch_ms += LAUNCH_MEMORY * ((now - started) * 1e3 - self._launch_ms)

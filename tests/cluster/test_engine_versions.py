@@ -72,12 +72,17 @@ def test_versions_swap_under_load_without_an_error(load_tiny: Load, make_request
                 response = await engine.infer(make_request(request_id=f"r{i}"))
                 seen.append((response.model_version, float(response.outputs[0, 0])))
 
+        async def some_answers() -> None:
+            enough = len(seen) + 5
+            while len(seen) < enough:  # noqa: ASYNC110 - a count
+                await asyncio.sleep(0.005)
+
         asking = asyncio.create_task(ask())
-        await asyncio.sleep(0.05)
+        await some_answers()
         await engine.follow(Aliases("tiny-2", previous="tiny-1"), load)
-        await asyncio.sleep(0.05)
+        await some_answers()
         await engine.follow(engine.aliases.rolled_back(), load)
-        await asyncio.sleep(0.05)
+        await some_answers()
         stop.set()
         await asking
         versions = [version for version, _ in seen]
