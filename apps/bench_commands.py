@@ -43,6 +43,7 @@ def _add_fraud(subjects: Subparsers) -> None:
     )
     parser.add_argument("--kafka-config", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--rate", type=float, default=1525.0, metavar="TX_S")
+    parser.add_argument("--partitions", type=int, default=4, metavar="N", help="of each topic")
     parser.add_argument("--reorder-wait-ms", type=int, help="default: that of fraud run")
     parser.add_argument("--seconds", type=float, default=60.0, help="measured part")
     parser.add_argument("--settle", type=float, default=10.0, help="seconds that are not measured")

@@ -24,7 +24,7 @@ from apps.fraud.settings import ServiceSettings
 from apps.fraud.transport import KafkaSettings, read_options
 from apps.fraud.trial import LoadProcess, Offer, Outcome, run_trial
 from apps.fraud.watch import Watch, open_watch_stream
-from benchmarks.fraud_rig import NUM_PARTITIONS, make_topics
+from benchmarks.fraud_rig import make_topics
 from benchmarks.real_kafka import RealKafka
 from benchmarks.results import append_row
 
@@ -48,7 +48,10 @@ def measure(args: argparse.Namespace, source: "ModelSource | None" = None) -> di
             stack.enter_context(broker)
             address = broker.bootstrap_servers
         name = f"bench-{time.time_ns()}"
-        topics, kafka = make_topics(address, name), KafkaSettings(address, name, options)
+        topics, kafka = (
+            make_topics(address, name, args.partitions),
+            KafkaSettings(address, name, options),
+        )
         settings = ServiceSettings(
             topics=topics,
             warm_from=world.history,
@@ -92,7 +95,7 @@ def main(args: argparse.Namespace, source: "ModelSource | None" = None) -> int:
     broker = "embedded" if args.embedded else (args.bootstrap_servers and "given") or "apache-kafka"
     setting = {
         "broker": broker,
-        "partitions": NUM_PARTITIONS,
+        "partitions": args.partitions,
         "workers": args.workers,
         "device": args.device,
         "model": str(args.models or "shipped") if source is None else "injected",

@@ -28,11 +28,13 @@ _BATCH = 4096
 _MAX_UNACKNOWLEDGED = 20_000
 
 
-def make_topics(bootstrap_servers: str, prefix: str) -> Topics:
+def make_topics(
+    bootstrap_servers: str, prefix: str, num_partitions: int = NUM_PARTITIONS
+) -> Topics:
     """Create four topics whose names begin with ``prefix``."""
     topics = Topics(*(f"{prefix}-{name}" for name in ("tx", "labels", "decisions", "dead")))
     names = (topics.transactions, topics.labels, topics.decisions, topics.dead_letters)
-    create_topics(bootstrap_servers, dict.fromkeys(names, NUM_PARTITIONS))
+    create_topics(bootstrap_servers, dict.fromkeys(names, num_partitions))
     return topics
 
 

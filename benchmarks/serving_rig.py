@@ -39,7 +39,8 @@ def make_model(preset: str, device: str, version: str = "random-1") -> LoadedMod
     """Return a model of random weights over the stream's and the benchmark's task."""
     torch.manual_seed(0)
     config, tasks = PRESETS[preset], {FRAUD.name: FRAUD, TOKENS.name: TOKENS}
-    model = MoETransformer(config, list(tasks)).eval().requires_grad_(requires_grad=False)
+    with torch.device(device):  # billions of numbers are drawn where they are needed
+        model = MoETransformer(config, list(tasks)).eval().requires_grad_(requires_grad=False)
     if device != "cpu":
         model = model.to(device).narrow_blocks(torch.bfloat16)
         model.graphs = graphs = BlockGraphs(model)

@@ -219,8 +219,10 @@ class Scheduler:
         """
         if self._is_closed:
             raise UnavailableError(CLOSED)
-        request = job.request
+        request, each = job.request, job.request.service_class
         self._check_queue(job)
+        if request.deadline_ms <= self._recent_ms(each):  # also if it is refused: the next may fit
+            self._tightest[each] = (request.deadline_ms, self._clock())
         finish_ms = self._finish_ms((*self._jobs_before(job), job), request.deadline_ms)
         if not self.is_idle and finish_ms > request.deadline_ms:
             message = (
@@ -228,10 +230,6 @@ class Scheduler:
                 f"waits, its deadline is {request.deadline_ms:.0f} ms; allow more or send less"
             )
             raise DeadlineExceededError(message)
-        each = request.service_class
-        tightest_ms, _ = self._recent(each)
-        if request.deadline_ms <= tightest_ms:
-            self._tightest[each] = (request.deadline_ms, self._clock())
         self._shares[each].enter(request.tenant)
         insort(self._queues[each], job, key=self._rank)
         self._per_tenant[request.tenant] += 1
@@ -321,12 +319,11 @@ class Scheduler:
     def _work_ms(self, job: Job) -> float:
         return job.tokens_left * self._cost.token_ms(job.cost_key)
 
-    def _recent(self, each: ServiceClass) -> tuple[float, float]:
-        """The tightest deadline of a class that was seen lately, and when."""
+    def _recent_ms(self, each: ServiceClass) -> float:
+        """The tightest deadline of a class that was seen lately, infinite if none was."""
         tightest_ms, seen = self._tightest[each]
-        if self._clock() - seen > self._limits.deadline_memory_s:
-            return np.inf, -np.inf
-        return tightest_ms, seen
+        is_old = self._clock() - seen > self._limits.deadline_memory_s
+        return np.inf if is_old else tightest_ms
 
     def _room_ms(self, each: ServiceClass, tightest_ms: float = np.inf) -> float:
         """Time for work of a class in a step, beside its fixed cost; at least that cost."""
@@ -335,7 +332,7 @@ class Scheduler:
         budget_ms = self._limits.deadline_fraction * tightest_ms
         if each is not ServiceClass.STREAM:
             above = PRECEDENCE[: PRECEDENCE.index(each)]
-            expected_ms = min(self._recent(other)[0] for other in above)
+            expected_ms = min(self._recent_ms(other) for other in above)
             fraction_ms = self._limits.deadline_fraction * expected_ms
             budget_ms = min(budget_ms, self._limits.max_step_ms, fraction_ms)
         return max(budget_ms - self._cost.step_ms, self._cost.step_ms, MIN_ROOM_MS)

@@ -194,6 +194,18 @@ def test_a_batch_step_leaves_room_for_a_tight_stream_request_seen_lately() -> No
     in_loop(scenario)
 
 
+def test_even_a_refused_deadline_makes_the_next_batch_steps_shorter() -> None:
+    def scenario() -> None:
+        bench = Bench()
+        bench.add([10] * 100, ServiceClass.BATCH)
+        bench.scheduler.plan()  # 11 ms, still running
+        with pytest.raises(DeadlineExceededError):
+            bench.add([10], deadline_ms=8.0)
+        assert tokens_of(bench.step()) <= 20  # a quarter of 8 ms
+
+    in_loop(scenario)
+
+
 def test_a_far_deadline_counts_as_the_ageing_limit() -> None:
     def scenario() -> None:
         bench = Bench(Limits(max_step_ms=11.05, ageing_ms=1000.0))
