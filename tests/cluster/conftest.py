@@ -136,13 +136,3 @@ def platform_url() -> Iterator[str]:
     assert running.url is not None
     yield running.url
     running.stop()
-
-
-@pytest.fixture(scope="session")
-def ray_imported() -> None:
-    """Ray Serve imported once with its own warnings silenced; starts nothing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import ray.dashboard.modules.serve.sdk
-        import ray.scripts.scripts
-        import ray.serve.schema  # noqa: F401
