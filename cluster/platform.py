@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import ConfigurationError
+from cluster.errors import ConfigurationError, UnavailableError
 from cluster.registry import Registry
 
 if TYPE_CHECKING:
@@ -50,9 +50,13 @@ class PlatformConfig:
     object_store_bytes: int = 256 * 2**20
 
 
-def prepare_environment() -> None:
-    """Set what Ray and Serve read at import; a value the user has set stays."""
-    if "RAY_AUTH_MODE" not in os.environ:
+def prepare_environment(*, is_own: bool = True) -> None:
+    """Set what Ray and Serve read at import; a value the user has set stays.
+
+    Args:
+        is_own: For a cluster that is started here; one that is joined has its own token.
+    """
+    if is_own and "RAY_AUTH_MODE" not in os.environ:
         # Replicas listen for pickled calls on all interfaces, and other users share loopback.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -78,14 +82,16 @@ class Platform:
     Args:
         client: Reaches the model; for async callers and ``infer_blocking``.
         url: Root of the HTTP door, if there is one.
+        is_own: Whether it was started here.
     """
 
     client: "Client"
     url: str | None
+    is_own: bool = True
 
     def stop(self) -> None:
-        """Shut the application and Ray down."""
-        _shut_down()
+        """Shut the application and Ray down; what was joined stays and is left."""
+        _shut_down(is_own=self.is_own)
 
 
 def start(config: PlatformConfig, source: "ModelSource | None" = None) -> Platform:
@@ -112,6 +118,41 @@ def start(config: PlatformConfig, source: "ModelSource | None" = None) -> Platfo
         raise
     url = None if config.port is None else f"http://{config.host}:{config.port}"
     return Platform(client, url)
+
+
+def attach() -> Platform:
+    """Join the Ray cluster of this node, on which the application already runs.
+
+    The cluster is the one that RAY_ADDRESS names, or the node's own; a job that was
+    submitted to a cluster finds it so.
+
+    Raises:
+        UnavailableError: No cluster, or it does not run the application.
+    """
+    prepare_environment(is_own=False)
+    import ray  # noqa: PLC0415 - reads the environment when imported
+    from ray import serve  # noqa: PLC0415 - as above
+    from ray.exceptions import RayError  # noqa: PLC0415
+
+    from cluster.handle import APP_NAME, connect_blocking  # noqa: PLC0415
+
+    try:
+        ray.init(
+            address="auto", logging_level=logging.ERROR, log_to_driver=False, namespace="trimoe"
+        )
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        message = (
+            f"cluster: expected a Ray node on this machine, got {str(error).strip():.300}; "
+            "submit this as a Ray job, or set RAY_ADDRESS"
+        )
+        raise UnavailableError(message) from error
+    applications = serve.status().applications
+    if APP_NAME not in applications or applications[APP_NAME].status != "RUNNING":
+        came = {name: app.status.value for name, app in applications.items()}
+        _shut_down(is_own=False)
+        message = f"cluster: expected {APP_NAME} to run, got {came}; trimoe cluster deploy first"
+        raise UnavailableError(message)
+    return Platform(connect_blocking(), None, is_own=False)
 
 
 def _checked_source(config: PlatformConfig) -> "ModelSource":
@@ -180,12 +221,13 @@ def _run_application(config: PlatformConfig, source: "ModelSource") -> "Client":
     return connect_blocking()
 
 
-def _shut_down() -> None:
+def _shut_down(*, is_own: bool = True) -> None:
     import ray  # noqa: PLC0415 - as above
     from ray import serve  # noqa: PLC0415
 
     if ray.is_initialized():
         # While it ends, Ray prints to stdout that its own controller's calls failed.
         with redirect_stdout(io.StringIO()):
-            serve.shutdown()
+            if is_own:
+                serve.shutdown()
             ray.shutdown()

@@ -7,6 +7,7 @@ and says so in one line, unless TRIMOE_REQUIRE names it: then the run fails.
 
 import os
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 
@@ -112,3 +113,13 @@ def embedded_broker() -> Iterator[EmbeddedBroker]:
     """A fresh embedded broker, ready in 0.1 s; clients take ``EMBEDDED_CLIENT_OPTIONS``."""
     with EmbeddedBroker() as broker:
         yield broker
+
+
+@pytest.fixture(scope="session")
+def ray_imported() -> None:
+    """Ray Serve imported once with its own warnings silenced; starts nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import ray.dashboard.modules.serve.sdk
+        import ray.scripts.scripts
+        import ray.serve.schema  # noqa: F401

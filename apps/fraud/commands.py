@@ -84,6 +84,9 @@ def _add_run(commands: Subparsers) -> None:
     )
     parser.add_argument("--profile", type=Path, metavar="DIR", help="write stage times at the end")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--attach", action="store_true", help="use the deployment of a running cluster"
+    )
     parser.set_defaults(run=_later("apps.fraud.launch", "run_command"))
 
 

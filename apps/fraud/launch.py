@@ -8,7 +8,7 @@ import argparse
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -73,6 +73,7 @@ def running_service(
     models: str | None = None,
     device: str = "cpu",
     source: "ModelSource | None" = None,
+    attach: bool = False,
 ) -> Iterator["WorkerGroup"]:
     """Run the local platform and the workers until the block ends, then drain them.
 
@@ -82,17 +83,22 @@ def running_service(
         models: Directory of models; None takes the shipped ones.
         device: Where the model runs.
         source: Other models than those in ``models``.
+        attach: Use the application of a running cluster; the above are its own business.
 
     Raises:
-        ConfigurationError, CheckpointError, UnknownModelError: See ``cluster.platform``.
+        ConfigurationError, CheckpointError, UnavailableError, UnknownModelError: See
+            ``cluster.platform``.
     """
-    from cluster.platform import PlatformConfig, prepare_environment, start  # noqa: PLC0415 - ray
+    from cluster import platform as processes  # noqa: PLC0415 - ray
 
-    prepare_environment()
+    processes.prepare_environment(is_own=not attach)
     from cluster.workers import run_workers  # noqa: PLC0415 - ray reads its settings at import
 
-    config = PlatformConfig(port=None, device=device)
-    platform = start(replace(config, models=models) if models else config, source)
+    if attach:
+        platform = processes.attach()
+    else:
+        config = processes.PlatformConfig(port=None, device=device)
+        platform = processes.start(replace(config, models=models) if models else config, source)
     try:
         group = run_workers(plan, num_workers)
         try:
@@ -126,9 +132,11 @@ def run_command(args: argparse.Namespace) -> int:
     def stop(_signal: int, _frame: FrameType | None) -> None:
         stopping.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    with running_service(plan, args.workers, models=args.models, device=args.device) as group:
+    _on_signal(stop)
+    with running_service(
+        plan, args.workers, models=args.models, device=args.device, attach=args.attach
+    ) as group:
+        _on_signal(stop)  # Ray installs its own while it starts, and would end without a drain
         sys.stderr.write(
             f"{args.workers} workers on {partitions} partitions of {topics.transactions}; "
             "stop with Ctrl-C\n"
@@ -136,3 +144,8 @@ def run_command(args: argparse.Namespace) -> int:
         while not stopping.wait(_LOOK_S):
             group.wait(timeout_s=0.0)  # raises when a worker was given up
     return 0
+
+
+def _on_signal(stop: Callable[[int, FrameType | None], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)

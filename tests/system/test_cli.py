@@ -32,6 +32,7 @@ def test_the_promised_commands_exist() -> None:
         f"fraud {name}"
         for name in ("run", "features", "evaluate", "simulate", "train", "backtest", "replay")
     }
+    promised |= {"cluster validate", "cluster deploy"}
     assert promised <= {" ".join(words) for words in COMMANDS}
 
 
@@ -63,6 +64,8 @@ def test_an_unknown_option_is_one_line(
         ["fraud", "backtest", "--data", "no/such.parquet", "--url", "http://127.0.0.1:1"],
         ["models", "show", "no-such-model", "--models", "{folder}"],
         ["status", "--url", "http://127.0.0.1:1"],
+        ["cluster", "validate", "--dir", "{folder}/nowhere"],
+        ["cluster", "deploy", "--config", "{folder}/none.yaml"],
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )
@@ -115,7 +118,18 @@ def test_an_interrupt_has_its_own_status(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_help_needs_numpy_alone() -> None:
     """With every optional package hidden, the help of all commands still prints."""
-    hidden = ["torch", "ray", "kafka", "pandas", "pyarrow", "sklearn", "xgboost", "safetensors"]
+    hidden = [
+        "torch",
+        "ray",
+        "kafka",
+        "pandas",
+        "pyarrow",
+        "sklearn",
+        "xgboost",
+        "safetensors",
+        "yaml",
+        "pydantic",
+    ]
     probe = (
         f"import sys; sys.modules.update(dict.fromkeys({hidden!r}))\n"
         "from apps.cli import build_parser; print(build_parser().format_help())"
