@@ -65,6 +65,7 @@ def test_an_unknown_option_is_one_line(
         ["models", "show", "no-such-model", "--models", "{folder}"],
         ["status", "--url", "http://127.0.0.1:1"],
         ["keys", "create", "--tenant", "a/b", "--file", "{folder}/keys.json"],
+        ["serve", "--host", "0.0.0.0"],
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )
