@@ -33,7 +33,8 @@ class BodyLimits:
 
     Args:
         max_bytes: Of a binary body.
-        max_json_bytes: Of a JSON body, which costs ten times the work.
+        max_json_bytes: Of a JSON body; 4 MiB hold the event loop for .2 to .3 s (one core,
+            2026-11-24), the same rows in the binary form for a few milliseconds.
         min_bytes_per_s: A slower sender is cut off.
         grace_s: Lateness that is forgiven.
         max_s: No body may take longer.

@@ -27,7 +27,7 @@ from cluster.errors import (
     UnknownModelError,
 )
 
-RETRY_AFTER_S = 1.0  # a full queue of a replica is worked off in less (docs/log.md)
+RETRY_AFTER_S = 1.0  # a choice: a queue of 256 requests of 4 ms each is worked off by then
 INTERNAL: Final = "InternalError"
 STATUS_OF_ERROR: Final[Mapping[type[TrimoeError], int]] = {  # the first that fits counts
     InvalidRequestError: 400,

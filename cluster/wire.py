@@ -43,11 +43,7 @@ T = TypeVar("T")
 
 def usual_defaults(_: str) -> Mapping[str, Any]:
     """Return the fields of a request that lacks them, whatever its task."""
-    return {
-        "service_class": ServiceClass.STREAM,
-        "deadline_ms": 1000.0,
-        "model_version": "stable",
-    }
+    return {"service_class": ServiceClass.STREAM, "deadline_ms": 1000.0, "model_version": "stable"}
 
 
 def encode_request(request: InferRequest) -> bytes:
