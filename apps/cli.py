@@ -18,6 +18,7 @@ COMMAND_GROUPS: Final = (
     "apps.fraud.commands",
     "apps.platform_commands",
     "apps.cluster_commands",
+    "apps.key_commands",
     "apps.bench_commands",
 )
 _EXTRA_OF: Final = {  # import name of an optional dependency -> the extra that brings it

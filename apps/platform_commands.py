@@ -18,7 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from cluster.client import api_key_from_environment
 from cluster.errors import ConfigurationError, TrimoeError
+from cluster.keys import keys_path_from_environment
 from cluster.registry import Registry
 
 PACKAGES: Final = ("apps", "cluster", "core_model", "kernels")
@@ -46,6 +48,13 @@ def add_parser(subparsers: Subparsers) -> None:
     serve.add_argument("--port", type=int, default=8000, help="port of the HTTP API")
     serve.add_argument("--model", help="name or version; needed if there are several")
     serve.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    serve.add_argument(
+        "--api-keys",
+        type=Path,
+        metavar="FILE",
+        default=keys_path_from_environment(),
+        help="who may ask (default: $TRIMOE_API_KEYS); without it, this machine alone",
+    )
     serve.set_defaults(run=run_serve)
 
     status = subparsers.add_parser("status", help="what runs")
@@ -82,6 +91,7 @@ def run_serve(args: argparse.Namespace) -> int:
         host=args.host,
         port=args.port,
         device=args.device,
+        api_keys=args.api_keys,
     )
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -91,6 +101,8 @@ def run_serve(args: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # Ray installs its own while it starts
         signal.signal(number, lambda *_: stop.set())
     try:
+        if args.api_keys is None:
+            _say("no API keys: open to every process of this machine, and to no other machine")
         _say(f"ready at {running.url}; stop with Ctrl-C")
         stop.wait()
         _say("shutting down ...")
@@ -100,7 +112,10 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def run_status(args: argparse.Namespace) -> int:
-    """Print what a running platform reports; 1 if it does not answer or is not ready."""
+    """Print what a running platform reports; 1 if it does not answer or is not ready.
+
+    With $TRIMOE_API_KEY it sees more than that it is ready, where keys are needed.
+    """
     report = _fetch(f"{args.url.rstrip('/')}/readyz")
     for name, value in report.items():
         _say(f"{name:14} {', '.join(value) if isinstance(value, list) else value}")
@@ -194,8 +209,11 @@ def _fetch(url: str) -> Mapping[str, Any]:
     if not url.startswith(("http://", "https://")):
         message = f"--url: expected http://HOST:PORT, got {url!r}"
         raise ConfigurationError(message)
+    key = api_key_from_environment()
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310 - checked above
     try:
-        with urllib.request.urlopen(url, timeout=HTTP_TIMEOUT_S) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_S) as answer:  # noqa: S310
             report = json.load(answer)
     except urllib.error.HTTPError as error:
         report = {"status": f"not ready (HTTP {error.code})"}

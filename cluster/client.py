@@ -8,11 +8,13 @@ client and never builds one.  Standard library and numpy only.
 import asyncio
 import http.client
 import json
+import os
 import queue
 from typing import Protocol
 from urllib.parse import urlsplit
 
 from cluster.errors import (
+    AccessDeniedError,
     ConfigurationError,
     DeadlineExceededError,
     InvalidRequestError,
@@ -20,6 +22,7 @@ from cluster.errors import (
     ReplicaLostError,
     TrimoeError,
     UnavailableError,
+    UnknownKeyError,
     UnknownModelError,
 )
 from cluster.retry import RetryPolicy
@@ -28,6 +31,8 @@ from cluster.wire import BINARY_TYPE, decode_response, encode_request
 
 ERROR_OF_STATUS: dict[int, type[TrimoeError]] = {
     400: InvalidRequestError,
+    401: UnknownKeyError,
+    403: AccessDeniedError,
     404: UnknownModelError,
     413: InvalidRequestError,
     415: InvalidRequestError,
@@ -54,24 +59,34 @@ def infer_blocking(client: Client, request: InferRequest) -> InferResponse:
     return asyncio.run(client.infer(request))
 
 
+def api_key_from_environment() -> str | None:
+    """Return the token that $TRIMOE_API_KEY holds, if it does."""
+    return os.environ.get("TRIMOE_API_KEY") or None
+
+
 class HttpClient:
     """Reaches a gateway over HTTP, in the binary form; connections are kept and reused.
 
     Args:
         url: Root of the gateway, such as ``"http://127.0.0.1:8000"``.
         retry: Pauses between attempts.
+        api_key: Token for a gateway that asks for one.
 
     Raises:
         ConfigurationError: The URL is not an http(s) one.
     """
 
-    def __init__(self, url: str, retry: RetryPolicy | None = None) -> None:
+    def __init__(
+        self, url: str, retry: RetryPolicy | None = None, *, api_key: str | None = None
+    ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             message = f"url: expected http://HOST:PORT or https://HOST:PORT, got {url!r}"
             raise ConfigurationError(message)
         self._parts = parts
         self._retry = retry or RetryPolicy()
+        key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers = {"Content-Type": BINARY_TYPE, "Accept": BINARY_TYPE, **key}
         self._idle: queue.SimpleQueue[http.client.HTTPConnection] = queue.SimpleQueue()
 
     async def infer(self, request: InferRequest) -> InferResponse:
@@ -87,13 +102,13 @@ class HttpClient:
 
     def _post(self, request: InferRequest) -> InferResponse:
         connection = self._take_connection(request.deadline_ms / 1e3)
+        path = f"{self._parts.path.rstrip('/')}/v1/infer"
         try:
-            connection.request(
-                "POST",
-                f"{self._parts.path.rstrip('/')}/v1/infer",
-                body=encode_request(request),
-                headers={"Content-Type": BINARY_TYPE, "Accept": BINARY_TYPE},
-            )
+            try:
+                connection.request("POST", path, encode_request(request), self._headers)
+                is_sent = True
+            except (BrokenPipeError, ConnectionResetError):
+                is_sent = False  # refused before it was read to its end: the reason is there
             answer = connection.getresponse()
             status, body = answer.status, answer.read()
         except TimeoutError as error:
@@ -104,6 +119,8 @@ class HttpClient:
             connection.close()
             message = f"{self._parts.netloc}: expected an answer, got {error!r:.120}; is it up?"
             raise ReplicaLostError(message) from error
+        if not is_sent:
+            connection.close()
         self._idle.put(connection)
         if status != http.client.OK:
             raise _error_of(status, body)

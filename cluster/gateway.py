@@ -1,138 +1,150 @@
-"""The HTTP door: a small FastAPI application in front of any client.
+"""The HTTP door on Ray Serve: the application of ``cluster.api`` as an ingress deployment.
 
-    POST /v1/infer    one request, binary or JSON by content type; the answer in the same form
-    GET  /v1/models   what is served
-    GET  /healthz     this process answers
-    GET  /readyz      the model answers
+One replica: rates and jobs are counted in its memory (docs/adr/0006).  It is closed
+without API keys unless whoever starts it says that only this machine can connect.
 
-Errors are JSON ``{"error": NAME, "message": TEXT}``.  API keys and rate limits are not here.
+    /metrics    the page of this node's Ray metric agent (see ``cluster.ray_metrics``)
+    log lines   in the replica's log file of Serve, logger ``ray.serve.http``
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from logging.handlers import MemoryHandler
+from pathlib import Path
+from typing import Any
 
 import ray
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 
-from cluster import wire
-from cluster.client import Client
-from cluster.errors import (
-    DeadlineExceededError,
-    InvalidRequestError,
-    QueueFullError,
-    TrimoeError,
-    UnavailableError,
-    UnknownModelError,
-)
-from cluster.handle import CORE_NAME, HandleClient, translate
+from cluster.api import ApiSettings, build_api
+from cluster.backend import Backend
+from cluster.errors import ConfigurationError, UnavailableError
+from cluster.handle import HandleClient, translate
+from cluster.keys import KEYS_VARIABLE, KeyFile, keys_path_from_environment
+from cluster.ray_metrics import RayRecorder, fetch_metrics_page
+from core_model.tasks import registered_tasks
 
 STATUS_TIMEOUT_S = 5.0
-STATUS_OF_ERROR: Final[Mapping[type[TrimoeError], int]] = {
-    InvalidRequestError: 400,
-    UnknownModelError: 404,
-    QueueFullError: 429,
-    DeadlineExceededError: 504,
-    UnavailableError: 503,
-}
-
-Status = Callable[[], Awaitable[Mapping[str, Any]]]
+STATUS_KEPT_S = 0.5  # anybody may ask /readyz; the core is not asked more often than this
 
 
-def build_api(
-    client: Client, status: Status, *, max_body_bytes: int = wire.MAX_MESSAGE_BYTES
-) -> FastAPI:
-    """Return the application.
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """Settings of the door.
 
     Args:
-        client: Answers the requests.
-        status: Returns what the model core reports; raises ``UnavailableError``.
-        max_body_bytes: A longer body is refused while it arrives.
+        keys_path: File of API keys, where the replica runs.
+        is_open: Whether to work without keys; only where nobody else can connect.
+        api: Settings of the API; Ray's proxy echoes request ids itself.
     """
-    api = FastAPI(title="trimoe", docs_url=None, redoc_url=None)
 
-    @api.exception_handler(TrimoeError)
-    async def refuse(_: Request, error: TrimoeError) -> JSONResponse:
-        codes = [code for kind, code in STATUS_OF_ERROR.items() if isinstance(error, kind)]
-        return _error(codes[0] if codes else 500, type(error).__name__, str(error))
-
-    @api.post("/v1/infer")
-    async def infer(http_request: Request) -> Response:
-        form = http_request.headers.get("content-type", "").split(";")[0].strip().lower()
-        if form not in {wire.BINARY_TYPE, wire.JSON_TYPE}:
-            expected = f"expected content type {wire.BINARY_TYPE} or {wire.JSON_TYPE}"
-            return _error(415, "UnsupportedMediaType", f"{expected}, got {form!r:.80}")
-        body = await read_body(http_request, max_body_bytes)
-        if body is None:
-            message = f"expected a body of at most {max_body_bytes} bytes, got more; send less"
-            return _error(413, "BodyTooLarge", message)
-        if form == wire.BINARY_TYPE:
-            response = await client.infer(wire.decode_request(body))
-            return Response(wire.encode_response(response), media_type=form)
-        response = await client.infer(wire.request_from_json(body))
-        return Response(wire.response_to_json(response), media_type=form)
-
-    @api.get("/v1/models")
-    async def models() -> Mapping[str, Any]:
-        report = await status()
-        served = ("model_version", "aliases", "tasks", "device")
-        return {"models": [{name: report[name] for name in served}]}
-
-    @api.get("/healthz")
-    async def health() -> Mapping[str, str]:
-        return {"status": "ok"}
-
-    @api.get("/readyz")
-    async def ready() -> Mapping[str, Any]:
-        return {"status": "ready", **await status()}
-
-    return api
+    keys_path: Path | None = None
+    is_open: bool = False
+    api: ApiSettings = field(default_factory=lambda: ApiSettings(echo_request_id=False))
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes | None:
-    """Return the body, or None as soon as it is longer than allowed."""
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > max_bytes:
-            return None
-        chunks.append(chunk)
-    return b"".join(chunks)
+class CoreStatus:
+    """What the model core reports, asked for at most twice a second.
 
+    Args:
+        core: Handle of the core.
+    """
 
-def _error(code: int, name: str, message: str) -> JSONResponse:
-    return JSONResponse({"error": name, "message": message}, status_code=code)
+    def __init__(self, core: DeploymentHandle[Any]) -> None:
+        self._core = core
+        self._lock = asyncio.Lock()
+        self._report: Mapping[str, Any] = {}
+        self._asked_at = -STATUS_KEPT_S
 
+    async def __call__(self) -> Mapping[str, Any]:
+        """Return the report.
 
-def _build_in_replica() -> FastAPI:
-    handle = serve.get_deployment_handle(CORE_NAME)
+        Raises:
+            UnavailableError: The core does not answer.
+        """
+        async with self._lock:
+            if time.monotonic() - self._asked_at >= STATUS_KEPT_S:
+                self._report = await self._ask()
+                self._asked_at = time.monotonic()
+            return self._report
 
-    async def status() -> Mapping[str, Any]:
+    async def _ask(self) -> Mapping[str, Any]:
         try:
             async with asyncio.timeout(STATUS_TIMEOUT_S):
-                report: Mapping[str, Any] = await handle.options(method_name="status").remote()
+                status = self._core.options(method_name="status")
+                report: Mapping[str, Any] = await status.remote()
         except (RayError, RayServeException) as error:
             raise translate(error) from error
         except TimeoutError as error:
             message = f"core: expected a status within {STATUS_TIMEOUT_S:.0f} s, got none"
             raise UnavailableError(message) from error
         nodes = await asyncio.to_thread(ray.nodes)
-        return {**report, "ray": ray.__version__, "ray_nodes": sum(map(_is_alive, nodes))}
+        alive = [node for node in nodes if node["Alive"]]
+        return {**report, "ray": ray.__version__, "ray_nodes": len(alive)}
 
-    return build_api(HandleClient(handle), status)
+
+class GatewayReplica:
+    """The one replica of the door.
+
+    Args:
+        core: Handle of the ``InferenceCore``.
+        settings: None takes the file of API keys from the environment of the replica.
+
+    Raises:
+        ConfigurationError: No API keys, and it was not said to be open.
+    """
+
+    def __init__(
+        self, core: DeploymentHandle[Any], settings: GatewaySettings | None = None
+    ) -> None:
+        self._settings = settings or GatewaySettings(keys_path_from_environment())
+        path = self._settings.keys_path
+        if path is None and not self._settings.is_open:
+            message = f"gateway: expected a file of API keys, got none; set {KEYS_VARIABLE}"
+            raise ConfigurationError(message)
+        self._keys = None if path is None else KeyFile(path)
+        self._core = core
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Return the application; Serve calls it in the replica."""
+        backend = Backend(
+            client=HandleClient(self._core),
+            status=CoreStatus(self._core),
+            metrics_page=fetch_metrics_page,
+            recorder=RayRecorder(),
+            log=_request_log(),
+        )
+        return build_api(backend, registered_tasks(), self._keys, self._settings.api)
 
 
-def _is_alive(node: Mapping[str, Any]) -> bool:
-    return bool(node["Alive"])
+def _request_log() -> logging.Logger:
+    """Return a logger that writes to the replica's log file at once.
+
+    In throughput mode Serve keeps 1000 lines in memory before it writes them: too late for
+    the line that says who was refused before the process died.
+    """
+    log = logging.getLogger("ray.serve.http")
+    for handler in logging.getLogger("ray.serve").handlers:
+        if isinstance(handler, MemoryHandler) and handler.target is not None:
+            log.addHandler(handler.target)
+            log.propagate = False
+    return log
 
 
 Gateway = serve.deployment(
     name="Gateway",
+    num_replicas=1,
     max_ongoing_requests=512,
+    max_queued_requests=512,
+    backpressure_config={"status_code": 429, "retry_after_s": 1.0},
     ray_actor_options={"num_cpus": 0},
     graceful_shutdown_timeout_s=5.0,
-)(serve.ingress(_build_in_replica)())
+    logging_config={"enable_access_log": False},  # ours says more, and nothing of the caller's
+)(serve.ingress()(GatewayReplica))

@@ -119,9 +119,10 @@ METRICS: Final = {
         Metric(
             "trimoe_refused_total",
             Kind.COUNTER,
-            "HTTP requests refused at the door: key, rate, body.",
+            "HTTP requests refused at the door: header, key, rate, body.",
             ("reason",),
         ),
+        Metric("trimoe_jobs_total", Kind.COUNTER, "Jobs that have ended.", ("outcome",)),
         # the fraud workers
         Metric("trimoe_fraud_decisions_total", Kind.COUNTER, "Decisions sent.", ("decision",)),
         Metric(

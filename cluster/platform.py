@@ -1,11 +1,13 @@
 # ruff: noqa: A005 - imports are absolute; the name is the seam's
 """The platform on one machine: local Ray, the Serve application, and their end.
 
-Loopback only, no dashboard, no usage statistics, quiet.  Ray reads most of its settings
-when it is first imported, so ``prepare_environment`` comes before any import of it.
+Loopback only unless there are API keys, no dashboard, no usage statistics, quiet.  Ray reads
+most of its settings when it is first imported, so ``prepare_environment`` comes before any
+import of it.
 """
 
 import io
+import ipaddress
 import logging
 import os
 import secrets
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigurationError, UnavailableError
+from cluster.keys import load_keys
 from cluster.registry import Registry
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ class PlatformConfig:
         torch_threads: Threads of one CPU step.
         num_cpus: Logical CPUs Ray may hand out; also the workers it starts ahead.
         object_store_bytes: Shared memory for large requests.
+        api_keys: File of API keys for the HTTP door; None opens it to this machine alone.
     """
 
     models: str = "models"
@@ -48,6 +52,7 @@ class PlatformConfig:
     torch_threads: int = 1
     num_cpus: int = 2
     object_store_bytes: int = 256 * 2**20
+    api_keys: Path | None = None
 
 
 def prepare_environment(*, is_own: bool = True) -> None:
@@ -102,12 +107,14 @@ def start(config: PlatformConfig, source: "ModelSource | None" = None) -> Platfo
         source: Other models than those ``config`` names.
 
     Raises:
-        ConfigurationError: The port is taken or the replica could not start.
+        ConfigurationError: The port is taken, others than this machine could connect without
+            a key, the keys cannot be read, or the replica could not start.
         CheckpointError: The weights are missing or altered.
         UnknownModelError: No such model.
     """
     source = source or _checked_source(config)
     if config.port is not None:
+        _check_keys(config)
         _check_port(config.host, config.port)
     prepare_environment()
     try:
@@ -166,6 +173,25 @@ def _checked_source(config: PlatformConfig) -> "ModelSource":
     return RegistrySource(registry, config.device, config.model)
 
 
+def _check_keys(config: PlatformConfig) -> None:
+    if config.api_keys is not None:
+        load_keys(config.api_keys)
+    elif not _is_loopback(config.host):
+        message = f"{config.host}: expected API keys, as others could connect; got none; "
+        advice = "make some with trimoe keys create, or serve on 127.0.0.1"
+        raise ConfigurationError(message + advice)
+    elif os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") != "0":
+        message = "HAProxy listens on all interfaces: expected API keys, got none; "
+        raise ConfigurationError(message + "make some with trimoe keys create")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _check_port(host: str, port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -197,7 +223,7 @@ def _run_application(config: PlatformConfig, source: "ModelSource") -> "Client":
     from ray import serve  # noqa: PLC0415 - as above
 
     from cluster.deployments import InferenceCore  # noqa: PLC0415
-    from cluster.gateway import Gateway  # noqa: PLC0415
+    from cluster.gateway import Gateway, GatewaySettings  # noqa: PLC0415
     from cluster.handle import APP_NAME, connect_blocking  # noqa: PLC0415
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -208,9 +234,11 @@ def _run_application(config: PlatformConfig, source: "ModelSource") -> "Client":
     location = "HeadOnly" if has_door else "NoServer"
     options: dict[str, Any] = {"host": config.host, "location": location}
     serve.start(http_options=options | ({"port": config.port} if has_door else {}))
+    keys = config.api_keys and config.api_keys.resolve()
+    settings = GatewaySettings(keys, is_open=keys is None)  # checked: then this machine alone
     try:
         serve.run(
-            Gateway.bind(core) if has_door else core,
+            Gateway.bind(core, settings) if has_door else core,
             name=APP_NAME,
             route_prefix="/" if has_door else None,
         )

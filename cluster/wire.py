@@ -37,7 +37,13 @@ DTYPES: Final = {name: np.dtype(name).newbyteorder("<") for name in (
 )}  # fmt: skip
 
 Arrays = dict[str, NDArray[Any]]
+Defaults = Callable[[str], Mapping[str, Any]]  # task -> fields of a request that lacks them
 T = TypeVar("T")
+
+
+def usual_defaults(_: str) -> Mapping[str, Any]:
+    """Return the fields of a request that lacks them, whatever its task."""
+    return {"service_class": ServiceClass.STREAM, "deadline_ms": 1000.0, "model_version": "stable"}
 
 
 def encode_request(request: InferRequest) -> bytes:
@@ -45,13 +51,17 @@ def encode_request(request: InferRequest) -> bytes:
     return _join(_request_fields(request), _request_arrays(request))
 
 
-def decode_request(data: bytes) -> InferRequest:
+def decode_request(data: bytes, defaults: Defaults = usual_defaults) -> InferRequest:
     """Return the request of a binary form.
+
+    Args:
+        data: The bytes.
+        defaults: Fills in what the request lacks.
 
     Raises:
         InvalidRequestError: Anything is wrong with the bytes or the fields.
     """
-    return _guard(lambda: _build_request(*_split(data)))
+    return _guard(lambda: _build_request(*_split(data), defaults))
 
 
 def encode_response(response: InferResponse) -> bytes:
@@ -73,13 +83,13 @@ def request_to_json(request: InferRequest) -> bytes:
     return _join_json(_request_fields(request), _request_arrays(request))
 
 
-def request_from_json(data: bytes) -> InferRequest:
-    """Return the request of a JSON form.
+def request_from_json(data: bytes, defaults: Defaults = usual_defaults) -> InferRequest:
+    """Return the request of a JSON form (see ``decode_request``).
 
     Raises:
         InvalidRequestError: Anything is wrong with the text or the fields.
     """
-    return _guard(lambda: _build_request(*_split_json(data)))
+    return _guard(lambda: _build_request(*_split_json(data), defaults))
 
 
 def response_to_json(response: InferResponse) -> bytes:
@@ -115,14 +125,17 @@ def _request_arrays(request: InferRequest) -> Arrays:
     return {"features": request.features, "cu_seqlens": request.cu_seqlens, **extras}
 
 
-def _build_request(fields: dict[str, Any], arrays: Arrays) -> InferRequest:
+def _build_request(given: dict[str, Any], arrays: Arrays, defaults: Defaults) -> InferRequest:
+    task = given["task"]
+    _require(isinstance(task, str), "task text", task)
+    fields = {**defaults(task), **given}
     request = InferRequest(
         request_id=fields.pop("request_id"),
         tenant=fields.pop("tenant"),
         task=fields.pop("task"),
-        service_class=ServiceClass(fields.pop("service_class", ServiceClass.STREAM)),
-        deadline_ms=_number(fields.pop("deadline_ms", 1000.0)),
-        model_version=fields.pop("model_version", "stable"),
+        service_class=ServiceClass(fields.pop("service_class")),
+        deadline_ms=_number(fields.pop("deadline_ms")),
+        model_version=fields.pop("model_version"),
         features=arrays.pop("features"),
         cu_seqlens=arrays.pop("cu_seqlens"),
         extras={

@@ -8,6 +8,7 @@ A task is a package, not a patch: any distribution may declare, in its metadata,
 and the registry finds it.  The name of the entry point is the name of the task.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,15 +24,30 @@ if TYPE_CHECKING:
     from core_model.config import MoEConfig
 
 ENTRY_POINT_GROUP = "trimoe.tasks"
+COLUMN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")  # columns become keys of JSON bodies
 
 
 @dataclass(frozen=True, slots=True)
 class ExtraSpec:
-    """One named array beside the rows: its dtype, its width and what it counts by."""
+    """One named array beside the rows: its dtype, its width and what it counts by.
+
+    Args:
+        width: Columns.
+        dtype: Of its values.
+        per: What it has a line for.
+        columns: Names of the columns, in order; empty if they have none.
+
+    Raises:
+        ValueError: The names are not as many as the columns, or not usable as names.
+    """
 
     width: int
     dtype: str = "float32"
     per: Literal["sequence", "row"] = "sequence"
+    columns: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_columns(self.columns, self.width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +68,10 @@ class TaskSpec:
         deadline_ms: Default deadline.
         extras: Arrays a request must carry.
         agree_within: Difference of the first output up to which two versions agree.
+        columns: Names of the columns of a request row, in order; empty if they have none.
+
+    Raises:
+        ValueError: The names are not as many as the columns, or not usable as names.
     """
 
     name: str
@@ -67,6 +87,17 @@ class TaskSpec:
     extras: Mapping[str, ExtraSpec] = field(default_factory=dict)
     chunk_tokens: int = 0
     agree_within: float = 0.1
+    columns: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_columns(self.columns, self.d_task)
+
+
+def _check_columns(columns: tuple[str, ...], width: int) -> None:
+    is_usable = len(set(columns)) == len(columns) and all(map(COLUMN_NAME.fullmatch, columns))
+    if columns and not (is_usable and len(columns) == width):
+        message = f"columns: expected {width} different names of letters, digits and _, "
+        raise ValueError(message + f"got {columns!r:.200}")
 
 
 @cache

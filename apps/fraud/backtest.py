@@ -21,7 +21,7 @@ from apps.fraud.offline import HistoryIndex, offline_context
 from apps.fraud.scoring import Scorer
 from apps.fraud.table import LABEL_COLUMN
 from apps.fraud.transaction import Transaction, TransactionSchema
-from cluster.client import Client, HttpClient
+from cluster.client import Client, HttpClient, api_key_from_environment
 from cluster.errors import ConfigurationError
 
 _BATCH = 512  # transactions per request
@@ -115,7 +115,7 @@ def main(args: argparse.Namespace) -> int:
     if LABEL_COLUMN not in table:
         message = f"{args.data}: expected a column {LABEL_COLUMN} to judge decisions by"
         raise ConfigurationError(message)
-    client = HttpClient(args.url)
+    client = HttpClient(args.url, api_key=api_key_from_environment())
     scored = asyncio.run(score_history(table, args.days, client, sys.stderr.write))
     figures = compare(policy, baseline, scored)
     for name in ("baseline", "policy"):

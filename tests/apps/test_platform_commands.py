@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,36 @@ def test_altered_weights_do_not_start_a_platform(models: Path) -> None:
     (models / "base" / "model.safetensors").write_bytes(b"weightz")
     with pytest.raises(CheckpointError, match="the file was altered"):
         run("serve", "--models", str(models))
+
+
+@pytest.mark.parametrize(
+    ("host", "variables", "keys"),
+    [
+        ("0.0.0.0", {}, None),
+        ("192.0.2.7", {}, None),
+        ("some-host", {}, None),
+        ("::", {}, None),
+        ("127.0.0.1", {"RAY_SERVE_ENABLE_HA_PROXY": "1"}, None),  # which listens everywhere
+        ("127.0.0.1", {}, "[{}]"),
+        ("127.0.0.1", {"TRIMOE_API_KEYS": "no-such.json"}, None),
+    ],
+)
+def test_a_platform_that_others_could_reach_without_a_key_does_not_start(
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    host: str,
+    variables: Mapping[str, str],
+    keys: str | None,
+) -> None:
+    monkeypatch.chdir(models)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    arguments = ["serve", "--models", str(models), "--host", host]
+    if keys is not None:
+        (models / "keys.json").write_text(keys)
+        arguments += ["--api-keys", "keys.json"]
+    with pytest.raises(ConfigurationError, match=r"expected (API keys|tenant|a JSON file)"):
+        run(*arguments)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "file:///etc/passwd"])

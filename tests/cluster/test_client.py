@@ -11,9 +11,11 @@ import pytest
 from cluster import wire
 from cluster.client import HttpClient, infer_blocking
 from cluster.errors import (
+    AccessDeniedError,
     ConfigurationError,
     DeadlineExceededError,
     InvalidRequestError,
+    UnknownKeyError,
     UnknownModelError,
 )
 from cluster.loading import LoadedModel
@@ -33,6 +35,8 @@ class Door(ThreadingHTTPServer):
         self.client = client
         self.failures: list[tuple[int, str]] = []
         self.peers: set[int] = set()
+        self.keys: set[str | None] = set()
+        self.refuses_unread = False
         self.hang = threading.Event()
         self.hang.set()
 
@@ -46,6 +50,11 @@ class Handler(BaseHTTPRequestHandler):
     server: Door
 
     def do_POST(self) -> None:
+        self.server.keys.add(self.headers["Authorization"])
+        if self.server.refuses_unread:
+            self.close_connection = True
+            self.answer(413, b'{"error": "BodyTooLarge", "message": "send less"}')
+            return
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.peers.add(self.client_address[1])
         self.server.hang.wait(5)
@@ -114,6 +123,29 @@ def test_final_status_is_our_error_with_its_message(
     door.failures = [(status, "reason")]
     with pytest.raises(kind, match="because reason"):
         infer_blocking(client, make_request())
+
+
+def test_a_refusal_before_the_body_was_read_is_heard(
+    door: Door, client: HttpClient, make_request: Make
+) -> None:
+    door.refuses_unread = True
+    large = make_request((40,) * 40_000)  # more than the sockets between us hold
+    assert large.features.nbytes > 16 * 2**20
+    with pytest.raises(InvalidRequestError, match="send less"):
+        infer_blocking(client, large)
+    door.refuses_unread = False
+    assert infer_blocking(client, make_request()).request_id == "r0"
+
+
+def test_a_key_is_sent_and_its_refusal_is_final(door: Door, make_request: Make) -> None:
+    client = HttpClient(door.url, api_key="trimoe_x")
+    infer_blocking(client, make_request())
+    assert door.keys == {"Bearer trimoe_x"}
+    for status, kind in ((401, UnknownKeyError), (403, AccessDeniedError)):
+        door.failures = [(status, "reason")]
+        with pytest.raises(kind, match="because reason"):
+            infer_blocking(client, make_request())
+    client.close()
 
 
 def test_silent_server_ends_at_the_deadline(

@@ -98,5 +98,5 @@ def test_a_registry_behind_a_url_is_fetched_once_and_verified(tmp_path: Path) ->
     Path(registry.fetch("base").path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="altered, restore it"):
         registry.fetch("base")
-    with pytest.raises(UnknownModelError, match="letters, digits"):
+    with pytest.raises(UnknownModelError, match="expected letters, digits"):
         registry.find("../base")

@@ -2,12 +2,16 @@
 
 import asyncio
 import http.client
+import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +26,7 @@ from cluster.errors import (
     ConfigurationError,
     DeadlineExceededError,
     InvalidRequestError,
+    UnknownKeyError,
     UnknownModelError,
 )
 from cluster.loading import OneModel
@@ -36,9 +41,11 @@ Make = Callable[..., InferRequest]
 
 
 @pytest.fixture(params=["handle", "http"])
-def remote(request: pytest.FixtureRequest, platform_url: str) -> Iterator[Client]:
+def remote(
+    request: pytest.FixtureRequest, platform_url: str, platform_key: str
+) -> Iterator[Client]:
     if request.param == "http":
-        client = HttpClient(platform_url)
+        client = HttpClient(platform_url, api_key=platform_key)
         yield client
         client.close()
     else:
@@ -86,52 +93,161 @@ def test_errors_of_the_replica_arrive_as_ours(remote: Client, make_request: Make
         infer_blocking(remote, bad)
 
 
-def post(
-    url: str, body: bytes | Iterator[bytes], content_type: str, path: str = "/v1/infer"
-) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)
-    connection.request("POST", path, body=body, headers={"Content-Type": content_type})
-    answer = connection.getresponse()
-    status, text = answer.status, answer.read()
-    connection.close()
-    return status, text
+class Caller:
+    """Asks the gateway with a key, or without."""
+
+    def __init__(self, url: str, key: str | None) -> None:
+        self.place = urlsplit(url).netloc
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes | Iterator[bytes] = b"",
+        kind: str = wire.BINARY_TYPE,
+        **headers: str,
+    ) -> tuple[int, bytes, list[tuple[str, str]]]:
+        """Return status, body and headers of the answer."""
+        connection = http.client.HTTPConnection(self.place, timeout=30)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(
+            method, path, body or None, {"Content-Type": kind, **self.headers, **named}
+        )
+        answer = connection.getresponse()
+        found = answer.status, answer.read(), answer.getheaders()
+        connection.close()
+        return found
+
+    def drip(self, path: str, timeout_s: float = 30.0) -> bytes:
+        """Send a body of one byte every .2 s until there is an answer, and return that."""
+        host, _, port = self.place.partition(":")
+        with socket.create_connection((host, int(port)), timeout=timeout_s) as connection:
+            headers = {**self.headers, "Host": host, "Content-Type": wire.BINARY_TYPE}
+            lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
+            head = f"POST {path} HTTP/1.1\r\n{''.join(lines)}Content-Length: 1000\r\n\r\n"
+            connection.sendall(head.encode())
+            end = time.monotonic() + timeout_s
+            while time.monotonic() < end:
+                if select.select([connection], [], [], 0.2)[0]:
+                    return connection.recv(65536)
+                connection.sendall(b"x")
+        raise AssertionError("expected an answer")
+
+
+@pytest.fixture
+def caller(platform_url: str, platform_key: str) -> Caller:
+    return Caller(platform_url, platform_key)
 
 
 def test_gateway_speaks_json_and_refuses_the_rest_clearly(
-    platform_url: str, make_request: Make
+    caller: Caller, make_request: Make
 ) -> None:
-    status, text = post(platform_url, wire.request_to_json(make_request()), "application/json")
+    request = wire.request_to_json(make_request())
+    status, text, headers = caller.ask(
+        "POST", "/v1/infer", request, wire.JSON_TYPE, X_Request_Id="mine-1"
+    )
     assert (status, wire.response_from_json(text).request_id) == (200, "r0")
+    ids = [value for name, value in headers if name.lower() == "x-request-id"]
+    assert ids == ["mine-1"]  # once, although Ray's proxy and the gateway both know it
+    other = wire.request_to_json(make_request(model_version="no"))
     for body, kind, expected, name in (
         (b"{}", wire.JSON_TYPE, 400, b"InvalidRequestError"),
         (b"junk", wire.BINARY_TYPE, 400, b"InvalidRequestError"),
         (b"x", "application/x-pickle", 415, b"UnsupportedMediaType"),
-        (
-            wire.request_to_json(make_request(model_version="no")),
-            wire.JSON_TYPE,
-            404,
-            b"UnknownModelError",
-        ),
+        (other, wire.JSON_TYPE, 404, b"UnknownModelError"),
     ):
-        status, text = post(platform_url, body, kind)
+        status, text, _ = caller.ask("POST", "/v1/infer", body, kind)
         assert status == expected
         assert name in text
 
 
-def test_gateway_stops_reading_a_body_above_the_limit(platform_url: str) -> None:
+def test_gateway_stops_reading_a_body_above_the_limit(caller: Caller) -> None:
     chunk = b"\0" * 2**20
     chunks = (chunk for _ in range(wire.MAX_MESSAGE_BYTES // len(chunk) + 1))
-    status, text = post(platform_url, chunks, wire.BINARY_TYPE)  # chunked: no length is announced
+    status, text, _ = caller.ask("POST", "/v1/infer", chunks)  # chunked: no length is announced
     assert status == 413
     assert b"BodyTooLarge" in text
 
 
-def test_status_command_reports_a_running_platform(platform_url: str, tmp_path: Path) -> None:
+def test_a_body_that_drips_is_cut_off_while_others_are_answered(
+    caller: Caller, make_request: Make
+) -> None:
+    good = wire.encode_request(make_request())
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(caller.drip, "/v1/infer")
+        statuses = set()
+        while not slow.done():
+            statuses.add(caller.ask("POST", "/v1/infer", good)[0])
+            time.sleep(0.05)
+    assert slow.result().startswith(b"HTTP/1.1 408 ")
+    assert b"BodyTooSlow" in slow.result()
+    assert statuses == {200}
+
+
+def test_gateway_wants_a_key_and_its_tenant(
+    caller: Caller, platform_url: str, make_request: Make
+) -> None:
+    body = wire.encode_request(make_request())
+    for stranger in (Caller(platform_url, None), Caller(platform_url, "trimoe_guess")):
+        status, text, _ = stranger.ask("POST", "/v1/infer", body)
+        assert status == 401
+        assert b"UnknownKeyError" in text
+    assert Caller(platform_url, None).ask("GET", "/healthz")[0] == 200
+    status, text, _ = caller.ask("POST", "/v1/infer", wire.encode_request(make_request(tenant="u")))
+    assert (status, b"AccessDeniedError" in text) == (403, True)
+    client = HttpClient(platform_url, api_key="trimoe_guess")
+    with pytest.raises(UnknownKeyError, match="known key"):
+        infer_blocking(client, make_request())
+    client.close()
+
+
+def test_a_job_runs_and_its_result_is_that_of_infer(caller: Caller, make_request: Make) -> None:
+    body = wire.encode_request(make_request(tuple([40] * 300)))
+    direct = wire.decode_response(caller.ask("POST", "/v1/infer", body)[1])
+    status, text, headers = caller.ask("POST", "/v1/jobs", body)
+    place = dict(headers)["location"]
+    assert (status, place) == (202, f"/v1/jobs/{json.loads(text)['id']}")
+    until(lambda: json.loads(caller.ask("GET", place)[1])["status"] == "done")
+    result = wire.decode_response(caller.ask("GET", f"{place}/result")[1])
+    np.testing.assert_allclose(result.outputs, direct.outputs, rtol=1e-5, atol=1e-6)
+    assert caller.ask("DELETE", place)[0] == 204
+    assert caller.ask("GET", place)[0] == 404
+
+
+def test_metrics_of_the_gateway_reach_the_page_and_lines_the_log(caller: Caller) -> None:
+    import ray
+
+    caller.ask("GET", "/v1/models/../../etc/passwd", X_Request_Id="traversal-1")
+
+    def is_counted() -> bool:
+        status, page, _ = caller.ask("GET", "/metrics")
+        assert status == 200
+        lines = page.decode().splitlines()
+        labels = ('route="/v1/models/{name}"', 'status="400"', 'tenant="t"')
+        return any(
+            line.startswith("ray_trimoe_http_requests_total{") and all(x in line for x in labels)
+            for line in lines
+        )
+
+    until(is_counted, timeout_s=60)
+    logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs" / "serve"  # type: ignore[attr-defined]
+    text = "".join(path.read_text() for path in logs.glob("replica_*Gateway*"))
+    assert '"request_id": "traversal-1"' in text
+
+
+def test_status_command_reports_a_running_platform(
+    platform_url: str, platform_key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from apps.cli import main
 
     report = tmp_path / "status.json"
-    assert main(["status", "--url", platform_url, "--json", str(report)]) == 0
-    assert '"model_version": "tiny-1"' in report.read_text()
+    arguments = ["status", "--url", platform_url, "--json", str(report)]
+    assert main(arguments) == 0
+    assert json.loads(report.read_text()) == {"status": "ready"}  # without a key no more
+    monkeypatch.setenv("TRIMOE_API_KEY", platform_key)
+    assert main(arguments) == 0
+    assert json.loads(report.read_text())["model_version"] == "tiny-1"
 
 
 def test_killed_replica_costs_no_request(platform_url: str, make_request: Make) -> None:
@@ -238,6 +354,23 @@ def test_service_that_keeps_failing_is_given_up_with_its_error(
     assert isinstance(caught.value, ConfigurationError) == (num_runs == 1)
     assert path.read_text() == "x" * num_runs
     group.stop(drain_s=1)
+
+
+def test_a_gateway_without_keys_starts_only_where_it_is_said_to_be_open(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What protects a deployment file that names the gateway and forgets its keys."""
+    from cluster.gateway import GatewayReplica, GatewaySettings
+
+    core: Any = None
+    monkeypatch.delenv("TRIMOE_API_KEYS", raising=False)
+    for settings in (None, GatewaySettings()):
+        with pytest.raises(ConfigurationError, match="set TRIMOE_API_KEYS"):
+            GatewayReplica(core, settings)
+    GatewayReplica(core, GatewaySettings(is_open=True))
+    monkeypatch.setenv("TRIMOE_API_KEYS", str(tmp_path / "none.json"))
+    with pytest.raises(ConfigurationError, match="expected a JSON file of API keys"):
+        GatewayReplica(core)
 
 
 def test_taken_port_and_altered_weights_are_one_line_before_ray_starts(

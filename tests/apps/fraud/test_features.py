@@ -61,6 +61,7 @@ def test_names_are_the_handbooks_and_the_online_ones() -> None:
 
 
 def test_widths_are_those_the_model_is_built_for() -> None:
+    assert CONTEXT_NAMES == builtin_tasks.CONTEXT_COLUMNS
     assert len(CONTEXT_NAMES) == NUM_CONTEXT == builtin_tasks.NUM_CONTEXT
     assert NUM_ROW_COLUMNS == builtin_tasks.NUM_ROW_COLUMNS
     assert NUM_CARD_ROWS == builtin_tasks.NUM_CARD_ROWS
