@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import CheckpointError, ConfigurationError, UnknownModelError
+from cluster.names import is_name
 from cluster.versions import Aliases
 
 ALIASES_FILE = "aliases.json"
@@ -103,9 +104,9 @@ class Registry:
             UnknownModelError: No such model.
             ConfigurationError: No name given and not exactly one model.
         """
-        if name is not None and not NAME.fullmatch(name):
+        if name is not None and not is_name(name):
             message = (
-                f"model: expected a name of letters, digits, '.', '_', '-', got {name[:100]!r}"
+                f"model: expected letters, digits, '_', '-' and single dots, got {name[:100]!r}"
             )
             raise UnknownModelError(message)
         if self.is_remote and name is not None and (entry := self._find_remote(name)):
