@@ -208,7 +208,7 @@ def test_killed_worker_comes_back_and_all_drain_at_stop(
         return path.read_text().splitlines() if path.exists() else []
 
     until(lambda: min(len(lines(0)), len(lines(1))) > 3)
-    victim, other = group.pids()
+    victim, other = (place.pid for place in group.places())
     assert lines(0)[0] == f"{victim} tiny-1"
     os.kill(victim, signal.SIGKILL)
     until(lambda: lines(0)[-1].split()[0] not in {str(victim), ""} and len(lines(0)) > 3)
