@@ -1,8 +1,8 @@
 # ruff: noqa: A005 - imports are absolute; the name is the seam's
-"""The platform on one machine: local Ray, the Serve application, and their end.
+"""The platform: a local Ray or one that is joined, the Serve application, and their end.
 
-Loopback only, no dashboard, no usage statistics, quiet.  Ray reads most of its settings
-when it is first imported, so ``prepare_environment`` comes before any import of it.
+A local Ray is loopback only, no dashboard, no usage statistics, quiet.  Ray reads most of its
+settings when it is first imported, so ``prepare_environment`` comes before any import of it.
 """
 
 import io
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigurationError
+from cluster.membership import NAMESPACE, join, prepare_to_join
 from cluster.registry import find_model
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ class PlatformConfig:
         torch_threads: Threads of one CPU step.
         num_cpus: Logical CPUs Ray may hand out; also the workers it starts ahead.
         object_store_bytes: Shared memory for large requests.
+        num_replicas: Replicas of the model, spread over the nodes as far as there are any.
+        max_replicas_per_node: More of them wait for another node; None leaves it open.
+        address: A running cluster to deploy on (see ``cluster.membership.join``) instead of a
+            local Ray; ``num_cpus`` and ``object_store_bytes`` are then those of its nodes.
     """
 
     models_dir: Path = Path("models")
@@ -49,6 +54,9 @@ class PlatformConfig:
     torch_threads: int = 1
     num_cpus: int = 2
     object_store_bytes: int = 256 * 2**20
+    num_replicas: int = 1
+    max_replicas_per_node: int | None = None
+    address: str | None = None
 
 
 def prepare_environment() -> None:
@@ -79,14 +87,16 @@ class Platform:
     Args:
         client: Reaches the model; for async callers and ``infer_blocking``.
         url: Root of the HTTP door, if there is one.
+        is_local: Whether Ray was started for it.
     """
 
     client: "Client"
     url: str | None
+    is_local: bool = True
 
     def stop(self) -> None:
-        """Shut the application and Ray down."""
-        _shut_down()
+        """Shut the application down, and Ray if it was started for it."""
+        _shut_down(is_local=self.is_local)
 
 
 def start(config: PlatformConfig, load: "Load | None" = None) -> Platform:
@@ -104,15 +114,18 @@ def start(config: PlatformConfig, load: "Load | None" = None) -> Platform:
     load = load or _checked_load(config)
     if config.port is not None:
         _check_port(config.host, config.port)
+    is_local = config.address is None
+    if not is_local:
+        prepare_to_join()
     prepare_environment()
     try:
         _start_ray(config)
         client = _run_application(config, load)
     except BaseException:
-        _shut_down()
+        _shut_down(is_local=is_local)
         raise
     url = None if config.port is None else f"http://{config.host}:{config.port}"
-    return Platform(client, url)
+    return Platform(client, url, is_local)
 
 
 def _checked_load(config: PlatformConfig) -> "Load":
@@ -138,16 +151,19 @@ def _check_port(host: str, port: int) -> None:
 def _start_ray(config: PlatformConfig) -> None:
     import ray  # noqa: PLC0415 - reads the environment when imported
 
+    if config.address is not None:
+        join(config.address)
+        return
     ray.init(
         address="local",
-        num_cpus=config.num_cpus,
+        num_cpus=max(config.num_cpus, config.num_replicas + 1),  # replicas leave one for workers
         num_gpus=None if config.device == "cuda" else 0,
         object_store_memory=config.object_store_bytes,
         include_dashboard=False,
         configure_logging=True,
         logging_level=logging.ERROR,
         log_to_driver=False,
-        namespace="trimoe",
+        namespace=NAMESPACE,
     )
 
 
@@ -159,16 +175,19 @@ def _run_application(config: PlatformConfig, load: "Load") -> "Client":
     from cluster.handle import APP_NAME, connect_blocking  # noqa: PLC0415
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    spread: dict[str, Any] = {"num_replicas": config.num_replicas}
+    if config.max_replicas_per_node is not None:
+        spread["max_replicas_per_node"] = config.max_replicas_per_node
     core = InferenceCore.options(
-        ray_actor_options={"num_cpus": 1, "num_gpus": int(config.device == "cuda")}
+        ray_actor_options={"num_cpus": 1, "num_gpus": int(config.device == "cuda")}, **spread
     ).bind(load, config.torch_threads)
     has_door = config.port is not None
-    location = "HeadOnly" if has_door else "NoServer"
+    location = ("HeadOnly" if config.address is None else "EveryNode") if has_door else "NoServer"
     options: dict[str, Any] = {"host": config.host, "location": location}
     serve.start(http_options=options | ({"port": config.port} if has_door else {}))
     try:
         serve.run(
-            Gateway.bind(core) if has_door else core,
+            Gateway.options(**spread).bind(core) if has_door else core,
             name=APP_NAME,
             route_prefix="/" if has_door else None,
         )
@@ -179,12 +198,17 @@ def _run_application(config: PlatformConfig, load: "Load") -> "Client":
     return connect_blocking()
 
 
-def _shut_down() -> None:
+def _shut_down(*, is_local: bool) -> None:
     import ray  # noqa: PLC0415 - as above
     from ray import serve  # noqa: PLC0415
+
+    from cluster.handle import APP_NAME  # noqa: PLC0415
 
     if ray.is_initialized():
         # While it ends, Ray prints to stdout that its own controller's calls failed.
         with redirect_stdout(io.StringIO()):
-            serve.shutdown()
+            if is_local:
+                serve.shutdown()
+            else:  # the cluster may hold applications of others
+                serve.delete(APP_NAME)
             ray.shutdown()

@@ -75,6 +75,11 @@ def _add_run(commands: Subparsers) -> None:
     parser.add_argument("--state", type=Path, default=Path("fraud-state"), metavar="DIR")
     parser.add_argument("--models", type=Path, metavar="DIR", help="default: the shipped weights")
     parser.add_argument(
+        "--address",
+        metavar="auto|HOST:PORT|ray://..",
+        help="a running Ray cluster with the platform; default: RAY_ADDRESS, else a local one",
+    )
+    parser.add_argument(
         "--snapshot-s", type=float, default=_DEFAULTS.snapshot_period_s, help="snapshot period"
     )
     parser.add_argument("--reorder-wait-ms", type=int, default=_DEFAULTS.reorder_wait_ms)
