@@ -14,6 +14,7 @@ from cluster.schemas import InferRequest, InferResponse
 
 APP_NAME: Final = "trimoe"
 CORE_NAME: Final = "InferenceCore"
+RETRY: Final = RetryPolicy(silent_share=0.5)  # then there is as much time for another replica
 OBJECT_STORE_BYTES = 2**20  # larger requests go by reference (design.md section 2)
 
 
@@ -27,7 +28,7 @@ class HandleClient:
 
     def __init__(self, handle: DeploymentHandle[Any], retry: RetryPolicy | None = None) -> None:
         self._handle = handle
-        self._retry = retry or RetryPolicy()
+        self._retry = retry or RETRY
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Answer one request (see ``cluster.client.Client``)."""

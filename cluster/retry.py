@@ -1,4 +1,9 @@
-"""When and how often a request is sent again: within the deadline that is left."""
+"""When and how often a request is sent again: within the deadline that is left.
+
+A failure is followed by another attempt after a pause.  Silence is followed by a second attempt
+beside the first: a replica whose machine is gone without a word never answers, and the router
+sends it requests until the head believes in its end.  The first answer counts.
+"""
 
 import asyncio
 import time
@@ -6,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from cluster.errors import DeadlineExceededError, UnavailableError
-from cluster.schemas import InferRequest, InferResponse
+from cluster.schemas import InferRequest, InferResponse, ServiceClass
 
 Attempt = Callable[[InferRequest], Awaitable[InferResponse]]
 
@@ -18,12 +23,15 @@ class RetryPolicy:
     Args:
         first_pause_s: Pause after the first failure; doubles with each further one.
         longest_pause_s: No pause is longer.
+        silent_share: Part of the time left after which a silent attempt gets a second one beside
+            it; None never does.  Batch requests never get one: they wait long by design.
         clock: Returns now, seconds, monotonic.
         sleep: Waits that many seconds.
     """
 
     first_pause_s: float = 0.01
     longest_pause_s: float = 0.5
+    silent_share: float | None = None
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
 
@@ -41,7 +49,7 @@ class RetryPolicy:
         while (left_s := request.deadline_ms / 1e3 - (self.clock() - started)) > 0:
             try:
                 async with asyncio.timeout(left_s):
-                    return await attempt(replace(request, deadline_ms=left_s * 1e3))
+                    return await self._ask(request, attempt, left_s)
             except TimeoutError:
                 break
             except DeadlineExceededError:
@@ -55,3 +63,30 @@ class RetryPolicy:
             f"last failure: {last_error or 'none, still waiting'}"
         )
         raise DeadlineExceededError(message) from last_error
+
+    async def _ask(self, request: InferRequest, attempt: Attempt, left_s: float) -> InferResponse:
+        """Make one attempt, and a second one if the first is silent for too long."""
+        first_request = replace(request, deadline_ms=left_s * 1e3)
+        if self.silent_share is None or request.service_class is ServiceClass.BATCH:
+            return await attempt(first_request)
+        silent_s = self.silent_share * left_s
+        attempts = {asyncio.ensure_future(attempt(first_request))}
+        try:
+            done, _ = await asyncio.wait(attempts, timeout=silent_s)
+            if not done:
+                rest = replace(request, deadline_ms=(left_s - silent_s) * 1e3)
+                attempts.add(asyncio.ensure_future(attempt(rest)))
+            return await _first_answer(attempts)
+        finally:
+            for each in attempts:
+                each.cancel()
+
+
+async def _first_answer(attempts: "set[asyncio.Task[InferResponse]]") -> InferResponse:
+    """Return the first answer, or raise the error of the last attempt that failed."""
+    waiting = set(attempts)
+    while True:
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        answered = [each for each in done if each.exception() is None]
+        if answered or not waiting:
+            return (answered or list(done))[0].result()

@@ -14,7 +14,7 @@ from cluster.errors import (
     TrimoeError,
 )
 from cluster.retry import RetryPolicy
-from cluster.schemas import InferRequest, InferResponse
+from cluster.schemas import InferRequest, InferResponse, ServiceClass
 
 ANSWER = cast("InferResponse", object())
 
@@ -83,3 +83,67 @@ def test_silence_ends_at_the_deadline(make_request: Make) -> None:
 
     with pytest.raises(DeadlineExceededError, match="none, still waiting"):
         asyncio.run(RetryPolicy().send(make_request(deadline_ms=20.0), silent))
+
+
+class TwoReplicas:
+    """The first attempt is silent; the second one answers or fails."""
+
+    def __init__(self, error: TrimoeError | None = None) -> None:
+        self.error = error
+        self.asked: list[InferRequest] = []
+        self.cancelled = 0
+
+    async def attempt(self, request: InferRequest) -> InferResponse:
+        self.asked.append(request)
+        if len(self.asked) > 1:
+            if self.error is not None:
+                raise self.error
+            return ANSWER
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return ANSWER
+
+
+PATIENT = RetryPolicy(silent_share=0.5)
+
+
+def test_silence_gets_a_second_attempt_with_the_time_left_and_the_first_is_dropped(
+    make_request: Make,
+) -> None:
+    replicas = TwoReplicas()
+    request = make_request(deadline_ms=100.0)
+    assert asyncio.run(PATIENT.send(request, replicas.attempt)) is ANSWER
+    assert [round(each.deadline_ms, -1) for each in replicas.asked] == [100, 50]
+    assert {each.request_id for each in replicas.asked} == {"r0"}
+    assert replicas.cancelled == 1
+
+
+def test_the_silent_one_may_still_answer_when_the_second_fails(make_request: Make) -> None:
+    replicas = TwoReplicas(ReplicaLostError("died"))
+
+    async def late(request: InferRequest) -> InferResponse:
+        if not replicas.asked:
+            replicas.asked.append(request)
+            await asyncio.sleep(0.08)
+            return ANSWER
+        return await replicas.attempt(request)
+
+    assert asyncio.run(PATIENT.send(make_request(deadline_ms=100.0), late)) is ANSWER
+
+
+def test_a_batch_request_is_never_in_two_places(make_request: Make) -> None:
+    replicas = TwoReplicas()
+    request = make_request(deadline_ms=40.0, service_class=ServiceClass.BATCH)
+    with pytest.raises(DeadlineExceededError, match="none, still waiting"):
+        asyncio.run(PATIENT.send(request, replicas.attempt))
+    assert len(replicas.asked) == 1
+
+
+def test_a_quick_failure_is_no_silence(make_request: Make) -> None:
+    script = Script([ReplicaLostError("died")])
+    policy = RetryPolicy(silent_share=0.5, clock=script.policy.clock, sleep=script.sleep)
+    assert asyncio.run(policy.send(make_request(), script.attempt)) is ANSWER
+    assert len(script.asked) == 2
