@@ -7,9 +7,11 @@ what only this cluster needs of it is taken back at the end.
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from unittest.mock import patch
@@ -23,8 +25,9 @@ if TYPE_CHECKING:
     from ray._private.node import Node
 
 _OBJECT_STORE_BYTES = 100 * 2**20
-_CHECKS = {  # a node is lost after 3 s; Ray's own 3000 and 5 make it 15 (docs/log.md#faults)
-    "RAY_health_check_period_ms": 1000,
+_CHECKS = {  # a dead node is lost after 3 s, a frozen one after 12; Ray's own 3000, 10000 and 5
+    "RAY_health_check_period_ms": 1000,  # make it 15 and 65 (docs/log.md#faults)
+    "RAY_health_check_timeout_ms": 3000,
     "RAY_health_check_failure_threshold": 3,
 }
 _DRAIN_S = 90  # what a node that is drained is given
@@ -55,6 +58,7 @@ class FaultCluster:
         self._num_nodes, self._head_cpus = num_nodes, head_cpus
         (self._gcs_port,) = free_ports(1)
         self._num_started = 0
+        self._frozen: dict[str, list[int]] = {}
         self.http_ports: dict[str, int] = {}
 
     def __enter__(self) -> Self:
@@ -65,6 +69,7 @@ class FaultCluster:
 
             self._cluster = Cluster()
             stack.callback(self._cluster.shutdown)
+            stack.callback(lambda: [self.lose(node_id) for node_id in list(self._frozen)])
             self.start_head()
             for _ in range(self._num_nodes - 1):
                 self.add()
@@ -116,8 +121,21 @@ class FaultCluster:
         )
 
     def lose(self, node_id: str) -> None:
-        """Kill all processes of a node at once, as a power cut would."""
+        """Kill all processes of a node at once."""
+        for pid in self._frozen.pop(node_id, ()):  # they cannot see the end of their raylet
+            os.kill(pid, signal.SIGKILL)
         self._cluster.remove_node(self.workers[node_id], allow_graceful=False)
+
+    def freeze(self, node_id: str) -> None:
+        """Stop all processes of a node: nothing answers, and no connection is closed.
+
+        That is what others see of a power cut or of a network that is cut.
+        """
+        infos = [info for each in self.workers[node_id].all_processes.values() for info in each]
+        pids = [pid for info in infos for pid in _family(info.process.pid)]
+        self._frozen[node_id] = pids
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
 
     def drain(self, node_id: str) -> None:
         """Tell Ray that a node will go, as an autoscaler does before it takes a machine away.
@@ -156,3 +174,10 @@ class FaultCluster:
             yield
         finally:
             ray.shutdown()
+
+
+def _family(pid: int) -> list[int]:
+    """Return a process and its descendants."""
+    listed = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [int(child) for path in listed for child in path.read_text().split()]
+    return [pid, *(each for child in children for each in _family(child))]

@@ -48,15 +48,23 @@ class Scene(NamedTuple):
         return node_id not in replica_nodes and node_id not in self.worker_nodes()
 
 
-def lose_node(flow: Flow) -> dict[str, object]:
-    """Cut the power of a node with a worker and a replica; return the counts."""
+def lose_node(flow: Flow, *, by_freezing: bool = False) -> dict[str, object]:
+    """Lose a node with a worker and a replica; return the counts.
+
+    Args:
+        flow: What is sent meanwhile.
+        by_freezing: Its processes fall silent instead of being killed.
+    """
     with scene(flow) as now:
         now.stream.read_for(_CALM_S)
         carriers = {replica.node_id for replica in running_replicas()} & set(now.worker_nodes())
         victim = min(carriers & now.cluster.workers.keys())
         lost = [replica for replica in running_replicas() if replica.node_id == victim]
         fault_ms, fault_s = 1e3 * time.time(), time.monotonic()
-        now.cluster.lose(victim)
+        if by_freezing:
+            now.cluster.freeze(victim)
+        else:
+            now.cluster.lose(victim)
         now.stream.forget(victim)
         workers_s = _seconds_until(lambda: victim not in now.worker_nodes(), now, fault_s)
         replicas_s = await_replicas(

@@ -1,15 +1,18 @@
-"""What the platform does when parts of it are lost: one command, four cases.
+"""What the platform does when parts of it are lost: one command, five cases.
 
     python -m benchmarks.faults replica --json F    SIGKILL of replicas, two of them, under load
     python -m benchmarks.faults node --json F       a node is lost under the fraud stream
+    python -m benchmarks.faults frozen --json F     a node falls silent, its connections stay open
     python -m benchmarks.faults rolling --json F    all nodes are replaced, one after another
     python -m benchmarks.faults head --json F       the head restarts, its state kept by Redis
 
 Everything runs on this machine, on loopback addresses; each case takes one to three minutes on
 two cores.  Exit status 0 only if no call failed and, with the stream, every transaction was
-decided with the features of ``trimoe fraud features``, bit for bit.  A node is believed lost
-after 3 s; with RAY_health_check_period_ms=3000 RAY_health_check_failure_threshold=5, Ray's own,
-after 15 s.
+decided with the features of ``trimoe fraud features``, bit for bit.
+
+A dead node is believed lost after 3 s, a silent one after 12.  With RAY_health_check_period_ms=3000
+RAY_health_check_timeout_ms=10000 RAY_health_check_failure_threshold=5, which are Ray's own, it
+takes 15 and 65 s.
 """
 
 import argparse
@@ -65,6 +68,13 @@ def _node(args: argparse.Namespace) -> dict[str, object]:
     return lose_node(Flow(args.transactions, args.rate, seed=args.seed))
 
 
+def _frozen(args: argparse.Namespace) -> dict[str, object]:
+    from benchmarks.fault_nodes import lose_node  # noqa: PLC0415 - as above
+    from benchmarks.fault_stream import Flow  # noqa: PLC0415
+
+    return lose_node(Flow(args.transactions, args.rate, seed=args.seed), by_freezing=True)
+
+
 def _rolling(args: argparse.Namespace) -> dict[str, object]:
     from benchmarks.fault_nodes import replace_nodes  # noqa: PLC0415 - as above
     from benchmarks.fault_stream import Flow  # noqa: PLC0415
@@ -82,6 +92,7 @@ def _head(args: argparse.Namespace) -> dict[str, object]:
 CASES: Mapping[str, Callable[[argparse.Namespace], dict[str, object]]] = {
     "replica": _replica,
     "node": _node,
+    "frozen": _frozen,
     "rolling": _rolling,
     "head": _head,
 }

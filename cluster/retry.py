@@ -1,8 +1,8 @@
 """When and how often a request is sent again: within the deadline that is left.
 
-A failure is followed by another attempt after a pause.  Silence is followed by a second attempt
-beside the first: a replica whose machine is gone without a word never answers, and the router
-sends it requests until the head believes in its end.  The first answer counts.
+A failure is followed by another attempt after a pause.  Silence is followed by another one beside
+the first: a replica whose machine is gone without a word never answers, and the router sends it
+requests until the head believes in its end.  The first answer counts.
 """
 
 import asyncio
@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 
 from cluster.errors import DeadlineExceededError, UnavailableError
 from cluster.schemas import InferRequest, InferResponse, ServiceClass
+
+# The router may send the second to the same replica, and looks for others meanwhile.
+MAX_BESIDE = 3
 
 Attempt = Callable[[InferRequest], Awaitable[InferResponse]]
 
@@ -23,8 +26,8 @@ class RetryPolicy:
     Args:
         first_pause_s: Pause after the first failure; doubles with each further one.
         longest_pause_s: No pause is longer.
-        silent_share: Part of the time left after which a silent attempt gets a second one beside
-            it; None never does.  Batch requests never get one: they wait long by design.
+        silent_share: Part of the time left after which a silent attempt gets another one beside
+            it; None: never.  Batch requests never get one: they wait long by design.
         clock: Returns now, seconds, monotonic.
         sleep: Waits that many seconds.
     """
@@ -65,28 +68,28 @@ class RetryPolicy:
         raise DeadlineExceededError(message) from last_error
 
     async def _ask(self, request: InferRequest, attempt: Attempt, left_s: float) -> InferResponse:
-        """Make one attempt, and a second one if the first is silent for too long."""
-        first_request = replace(request, deadline_ms=left_s * 1e3)
+        """Make one attempt, and others beside it while all are silent.
+
+        A failure counts only when no other attempt waits.
+        """
         if self.silent_share is None or request.service_class is ServiceClass.BATCH:
-            return await attempt(first_request)
-        silent_s = self.silent_share * left_s
-        attempts = {asyncio.ensure_future(attempt(first_request))}
+            return await attempt(replace(request, deadline_ms=left_s * 1e3))
+        loop = asyncio.get_running_loop()
+        end_s, num_left = loop.time() + left_s, MAX_BESIDE
+        waiting: set[asyncio.Task[InferResponse]] = set()
         try:
-            done, _ = await asyncio.wait(attempts, timeout=silent_s)
-            if not done:
-                rest = replace(request, deadline_ms=(left_s - silent_s) * 1e3)
-                attempts.add(asyncio.ensure_future(attempt(rest)))
-            return await _first_answer(attempts)
+            while True:
+                if num_left > 0:
+                    left_s, num_left = end_s - loop.time(), num_left - 1
+                    another = attempt(replace(request, deadline_ms=max(left_s, 0.0) * 1e3))
+                    waiting.add(asyncio.ensure_future(another))
+                silent_s = self.silent_share * left_s if num_left > 0 else None
+                done, waiting = await asyncio.wait(
+                    waiting, timeout=silent_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                ended = sorted(done, key=lambda each: each.exception() is not None)
+                if ended and (ended[0].exception() is None or not waiting):
+                    return ended[0].result()
         finally:
-            for each in attempts:
+            for each in waiting:
                 each.cancel()
-
-
-async def _first_answer(attempts: "set[asyncio.Task[InferResponse]]") -> InferResponse:
-    """Return the first answer, or raise the error of the last attempt that failed."""
-    waiting = set(attempts)
-    while True:
-        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        answered = [each for each in done if each.exception() is None]
-        if answered or not waiting:
-            return (answered or list(done))[0].result()
