@@ -50,7 +50,7 @@ def restart_head(flow: Flow, outage_s: float) -> dict[str, object]:
         handle = stack.enter_context(Probe(connect_blocking, PROBE_RATE))
         http = stack.enter_context(Probe(partial(HttpClient, url), PROBE_RATE))
         stream = stack.enter_context(fault_stream(kafka.bootstrap_servers, flow))
-        stream.read_for(_CALM_S)
+        stream.await_flow(_CALM_S)
 
         before = running_replicas()
         victim = next(replica for replica in before if replica.node_id != home)

@@ -23,7 +23,7 @@ from cluster.platform import PlatformConfig, start
 NUM_NODES = 3
 NUM_REPLICAS = 2
 PROBE_RATE = 10.0
-_CALM_S = 8.0  # before the first fault, for snapshots to exist
+_CALM_S = 6.0  # before the first fault, for snapshots to exist
 _PATIENCE_S = 60.0
 
 
@@ -56,7 +56,7 @@ def lose_node(flow: Flow, *, by_freezing: bool = False) -> dict[str, object]:
         by_freezing: Its processes fall silent instead of being killed.
     """
     with scene(flow) as now:
-        now.stream.read_for(_CALM_S)
+        now.stream.await_flow(_CALM_S)
         carriers = {replica.node_id for replica in running_replicas()} & set(now.worker_nodes())
         victim = min(carriers & now.cluster.workers.keys())
         lost = [replica for replica in running_replicas() if replica.node_id == victim]
@@ -82,7 +82,7 @@ def lose_node(flow: Flow, *, by_freezing: bool = False) -> dict[str, object]:
 def replace_nodes(flow: Flow) -> dict[str, object]:
     """Replace every node beside the head: add one, drain one, take it away; return the counts."""
     with scene(flow) as now:
-        now.stream.read_for(_CALM_S)
+        now.stream.await_flow(_CALM_S)
         rounds = []
         for old in list(now.cluster.workers):
             begin_ms, begin_s = 1e3 * time.time(), time.monotonic()

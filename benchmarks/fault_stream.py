@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 HELD_UP_MS = 4000  # a decision later than this was held up by a fault
 _REORDER_WAIT_MS = 2000  # all starve on two cores while nodes start; exactness is the test
 _SNAPSHOT_S = 5.0
+_PATIENCE_S = 60.0
 _DEADLINE_MS = 10_000.0
 
 
@@ -116,6 +117,20 @@ class FaultStream:
         end_s = time.monotonic() + seconds
         while time.monotonic() < end_s:
             self._collector.read()
+
+    def await_flow(self, calm_s: float) -> None:
+        """Read answers until every worker has asked the model, and for some time after.
+
+        Raises:
+            TimeoutError: A worker does not within a minute.
+        """
+        deadline_s = time.monotonic() + _PATIENCE_S
+        while len(list(self._folder.glob("calls-*"))) < len(self.group.num_restarts):
+            if time.monotonic() > deadline_s:
+                message = f"expected all workers to ask the model within {_PATIENCE_S:.0f} s"
+                raise TimeoutError(message)
+            self.read_for(0.2)
+        self.read_for(calm_s)
 
     def forget(self, node_id: str) -> None:
         """Delete the disk of a node."""

@@ -52,8 +52,15 @@ class HandleClient:
 
 
 def connect() -> HandleClient:
-    """Return a client of the running application, for one event loop of any Ray process."""
-    return HandleClient(serve.get_deployment_handle(CORE_NAME, APP_NAME))
+    """Return a client of the running application, for the running event loop of a Ray process.
+
+    Its router starts here: by default it does with the first request, which then blocks the
+    event loop for as long as the head is away.
+    """
+    handle = serve.get_deployment_handle(CORE_NAME, APP_NAME)
+    if not handle.is_initialized:
+        handle._init()
+    return HandleClient(handle)
 
 
 def connect_blocking() -> HandleClient:

@@ -151,6 +151,21 @@ def test_killed_replica_costs_no_request(platform_url: str, make_request: Make) 
     assert len(asyncio.run(scenario())) == 30
 
 
+def test_a_worker_needs_the_head_before_its_first_request_and_not_in_it(platform_url: str) -> None:
+    """A router that starts in the first request blocks the event loop while the head is away."""
+    import ray
+
+    class Caller:
+        async def is_ready(self) -> bool:
+            from cluster.handle import connect
+
+            return connect()._handle.is_initialized
+
+    actor: Any = ray.remote(num_cpus=0)(Caller).remote()
+    assert ray.get(actor.is_ready.remote())
+    ray.kill(actor)
+
+
 class TickingService:
     """Appends a line per tick to a file, through a request; says when it has drained."""
 
