@@ -37,6 +37,7 @@ from benchmarks.fraud_rig import (
     running_workers,
 )
 from benchmarks.real_kafka import RealKafka
+from cluster.errors import TrimoeError
 
 if TYPE_CHECKING:
     from cluster.workers import WorkerGroup
@@ -109,13 +110,11 @@ def _kill_at_random(
 
 def _pids(group: "WorkerGroup") -> Sequence[int]:
     """Return the workers' processes; one that restarts just now is waited for."""
-    from ray.exceptions import RayError  # noqa: PLC0415 - after the environment is prepared
-
     deadline_s = time.monotonic() + _RESTART_S
     while True:
         try:
-            return group.pids()
-        except RayError:
+            return [place.pid for place in group.places()]
+        except TrimoeError:
             if time.monotonic() > deadline_s:
                 raise
             time.sleep(0.1)

@@ -85,9 +85,17 @@ def offline_digests(table: pd.DataFrame) -> dict[int | str, str]:
 
 @dataclass(slots=True)
 class Found:
-    """Digests of the decisions of a topic, and what came more than once."""
+    """Digests of the decisions of a topic, and what came more than once.
+
+    Args:
+        digests: Of the decisions, by transaction.
+        waits: When each decision was made, and how long after its transaction, ms.
+        decisions: Of any transaction, repeated ones too.
+        dead_letters: Messages on that topic.
+    """
 
     digests: dict[int | str, set[str]] = field(default_factory=dict)
+    waits: list[tuple[int, int]] = field(default_factory=list)
     decisions: int = 0
     dead_letters: int = 0
 
@@ -127,6 +135,8 @@ class Collector:
                 self.found.decisions += 1
                 key, digest = decision["transaction_id"], decision["features_digest"]
                 self.found.digests.setdefault(key, set()).add(digest)
+                wait_ms = record.timestamp - decision["input"]["timestamp"]
+                self.found.waits.append((record.timestamp, wait_ms))
         return sum(map(len, runs))
 
     def read_until(self, num_ids: int, patience_s: float = 60.0) -> Found:

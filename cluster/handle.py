@@ -14,6 +14,7 @@ from cluster.schemas import InferRequest, InferResponse
 
 APP_NAME: Final = "trimoe"
 CORE_NAME: Final = "InferenceCore"
+RETRY: Final = RetryPolicy(silent_share=0.5)  # then there is as much time for another replica
 OBJECT_STORE_BYTES = 2**20  # larger requests go by reference (design.md section 2)
 
 
@@ -27,7 +28,7 @@ class HandleClient:
 
     def __init__(self, handle: DeploymentHandle[Any], retry: RetryPolicy | None = None) -> None:
         self._handle = handle
-        self._retry = retry or RetryPolicy()
+        self._retry = retry or RETRY
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Answer one request (see ``cluster.client.Client``)."""
@@ -51,8 +52,15 @@ class HandleClient:
 
 
 def connect() -> HandleClient:
-    """Return a client of the running application, for one event loop of any Ray process."""
-    return HandleClient(serve.get_deployment_handle(CORE_NAME, APP_NAME))
+    """Return a client of the running application, for the running event loop of a Ray process.
+
+    Its router starts here: by default it does with the first request, which then blocks the
+    event loop for as long as the head is away.
+    """
+    handle = serve.get_deployment_handle(CORE_NAME, APP_NAME)
+    if not handle.is_initialized:
+        handle._init()
+    return HandleClient(handle)
 
 
 def connect_blocking() -> HandleClient:

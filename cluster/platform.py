@@ -1,9 +1,9 @@
 # ruff: noqa: A005 - imports are absolute; the name is the seam's
-"""The platform on one machine: local Ray, the Serve application, and their end.
+"""The platform: a local Ray or one that is joined, the Serve application, and their end.
 
-Loopback only unless there are API keys, no dashboard, no usage statistics, quiet.  Ray reads
-most of its settings when it is first imported, so ``prepare_environment`` comes before any
-import of it.
+A local Ray is loopback only unless there are API keys, no dashboard, no usage statistics, quiet.
+Ray reads most of its settings when it is first imported, so ``prepare_environment`` comes before
+any import of it.
 """
 
 import io
@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import ConfigurationError, UnavailableError
+from cluster.errors import ConfigurationError
 from cluster.keys import load_keys
+from cluster.membership import NAMESPACE, join, prepare_to_join
 from cluster.registry import Registry
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ class PlatformConfig:
         num_cpus: Logical CPUs Ray may hand out; also the workers it starts ahead.
         object_store_bytes: Shared memory for large requests.
         api_keys: File of API keys for the HTTP door; None opens it to this machine alone.
+        num_replicas: Replicas of the model, spread over the nodes as far as there are any.
+        max_replicas_per_node: More of them wait for another node; None leaves it open.
+        address: A running cluster to deploy on (see ``cluster.membership.join``) instead of a
+            local Ray; ``num_cpus`` and ``object_store_bytes`` are then those of its nodes.
     """
 
     models: str = "models"
@@ -53,15 +58,14 @@ class PlatformConfig:
     num_cpus: int = 2
     object_store_bytes: int = 256 * 2**20
     api_keys: Path | None = None
+    num_replicas: int = 1
+    max_replicas_per_node: int | None = None
+    address: str | None = None
 
 
-def prepare_environment(*, is_own: bool = True) -> None:
-    """Set what Ray and Serve read at import; a value the user has set stays.
-
-    Args:
-        is_own: For a cluster that is started here; one that is joined has its own token.
-    """
-    if is_own and "RAY_AUTH_MODE" not in os.environ:
+def prepare_environment() -> None:
+    """Set what Ray and Serve read at import; a value the user has set stays."""
+    if "RAY_AUTH_MODE" not in os.environ:
         # Replicas listen for pickled calls on all interfaces, and other users share loopback.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -87,16 +91,16 @@ class Platform:
     Args:
         client: Reaches the model; for async callers and ``infer_blocking``.
         url: Root of the HTTP door, if there is one.
-        is_own: Whether it was started here.
+        is_local: Whether Ray was started for it.
     """
 
     client: "Client"
     url: str | None
-    is_own: bool = True
+    is_local: bool = True
 
     def stop(self) -> None:
-        """Shut the application and Ray down; what was joined stays and is left."""
-        _shut_down(is_own=self.is_own)
+        """Shut the application down, and Ray if it was started for it."""
+        _shut_down(is_local=self.is_local)
 
 
 def start(config: PlatformConfig, source: "ModelSource | None" = None) -> Platform:
@@ -116,50 +120,18 @@ def start(config: PlatformConfig, source: "ModelSource | None" = None) -> Platfo
     if config.port is not None:
         _check_keys(config)
         _check_port(config.host, config.port)
+    is_local = config.address is None
+    if not is_local:
+        prepare_to_join()
     prepare_environment()
     try:
         start_ray(config)
         client = _run_application(config, source)
     except BaseException:
-        _shut_down()
+        _shut_down(is_local=is_local)
         raise
     url = None if config.port is None else f"http://{config.host}:{config.port}"
-    return Platform(client, url)
-
-
-def attach() -> Platform:
-    """Join the Ray cluster of this node, on which the application already runs.
-
-    The cluster is the one that RAY_ADDRESS names, or the node's own; a job that was
-    submitted to a cluster finds it so.
-
-    Raises:
-        UnavailableError: No cluster, or it does not run the application.
-    """
-    prepare_environment(is_own=False)
-    import ray  # noqa: PLC0415 - reads the environment when imported
-    from ray import serve  # noqa: PLC0415 - as above
-    from ray.exceptions import RayError  # noqa: PLC0415
-
-    from cluster.handle import APP_NAME, connect_blocking  # noqa: PLC0415
-
-    try:
-        ray.init(
-            address="auto", logging_level=logging.ERROR, log_to_driver=False, namespace="trimoe"
-        )
-    except (OSError, RuntimeError, ValueError, RayError) as error:
-        message = (
-            f"cluster: expected a Ray node on this machine, got {str(error).strip():.300}; "
-            "submit this as a Ray job, or set RAY_ADDRESS"
-        )
-        raise UnavailableError(message) from error
-    applications = serve.status().applications
-    if APP_NAME not in applications or applications[APP_NAME].status != "RUNNING":
-        came = {name: app.status.value for name, app in applications.items()}
-        _shut_down(is_own=False)
-        message = f"cluster: expected {APP_NAME} to run, got {came}; trimoe cluster deploy first"
-        raise UnavailableError(message)
-    return Platform(connect_blocking(), None, is_own=False)
+    return Platform(client, url, is_local)
 
 
 def _checked_source(config: PlatformConfig) -> "ModelSource":
@@ -206,16 +178,19 @@ def start_ray(config: PlatformConfig) -> None:
     """Start Ray on this machine, quietly, on loopback."""
     import ray  # noqa: PLC0415 - reads the environment when imported
 
+    if config.address is not None:
+        join(config.address)
+        return
     ray.init(
         address="local",
-        num_cpus=config.num_cpus,
+        num_cpus=max(config.num_cpus, config.num_replicas + 1),  # replicas leave one for workers
         num_gpus=None if config.device == "cuda" else 0,
         object_store_memory=config.object_store_bytes,
         include_dashboard=False,
         configure_logging=True,
         logging_level=logging.ERROR,
         log_to_driver=False,
-        namespace="trimoe",
+        namespace=NAMESPACE,
     )
 
 
@@ -227,11 +202,14 @@ def _run_application(config: PlatformConfig, source: "ModelSource") -> "Client":
     from cluster.handle import APP_NAME, connect_blocking  # noqa: PLC0415
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    spread: dict[str, Any] = {"num_replicas": config.num_replicas}
+    if config.max_replicas_per_node is not None:
+        spread["max_replicas_per_node"] = config.max_replicas_per_node
     core = InferenceCore.options(
-        ray_actor_options={"num_cpus": 1, "num_gpus": int(config.device == "cuda")}
+        ray_actor_options={"num_cpus": 1, "num_gpus": int(config.device == "cuda")}, **spread
     ).bind(source, config.torch_threads)
     has_door = config.port is not None
-    location = "HeadOnly" if has_door else "NoServer"
+    location = ("HeadOnly" if config.address is None else "EveryNode") if has_door else "NoServer"
     options: dict[str, Any] = {"host": config.host, "location": location}
     serve.start(http_options=options | ({"port": config.port} if has_door else {}))
     keys = config.api_keys and config.api_keys.resolve()
@@ -249,13 +227,17 @@ def _run_application(config: PlatformConfig, source: "ModelSource") -> "Client":
     return connect_blocking()
 
 
-def _shut_down(*, is_own: bool = True) -> None:
+def _shut_down(*, is_local: bool) -> None:
     import ray  # noqa: PLC0415 - as above
     from ray import serve  # noqa: PLC0415
+
+    from cluster.handle import APP_NAME  # noqa: PLC0415
 
     if ray.is_initialized():
         # While it ends, Ray prints to stdout that its own controller's calls failed.
         with redirect_stdout(io.StringIO()):
-            if is_own:
+            if is_local:
                 serve.shutdown()
+            else:  # the cluster may hold applications of others
+                serve.delete(APP_NAME)
             ray.shutdown()

@@ -1,4 +1,9 @@
-"""When and how often a request is sent again: within the deadline that is left."""
+"""When and how often a request is sent again: within the deadline that is left.
+
+A failure is followed by another attempt after a pause.  Silence is followed by another one beside
+the first: a replica whose machine is gone without a word never answers, and the router sends it
+requests until the head believes in its end.  The first answer counts.
+"""
 
 import asyncio
 import time
@@ -6,7 +11,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from cluster.errors import DeadlineExceededError, UnavailableError
-from cluster.schemas import InferRequest, InferResponse
+from cluster.schemas import InferRequest, InferResponse, ServiceClass
+
+# The router may send the second to the same replica, and looks for others meanwhile.
+MAX_BESIDE = 3
 
 Attempt = Callable[[InferRequest], Awaitable[InferResponse]]
 
@@ -18,12 +26,15 @@ class RetryPolicy:
     Args:
         first_pause_s: Pause after the first failure; doubles with each further one.
         longest_pause_s: No pause is longer.
+        silent_share: Part of the time left after which a silent attempt gets another one beside
+            it; None: never.  Batch requests never get one: they wait long by design.
         clock: Returns now, seconds, monotonic.
         sleep: Waits that many seconds.
     """
 
     first_pause_s: float = 0.01
     longest_pause_s: float = 0.5
+    silent_share: float | None = None
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
 
@@ -41,7 +52,7 @@ class RetryPolicy:
         while (left_s := request.deadline_ms / 1e3 - (self.clock() - started)) > 0:
             try:
                 async with asyncio.timeout(left_s):
-                    return await attempt(replace(request, deadline_ms=left_s * 1e3))
+                    return await self._ask(request, attempt, left_s)
             except TimeoutError:
                 break
             except DeadlineExceededError:
@@ -55,3 +66,30 @@ class RetryPolicy:
             f"last failure: {last_error or 'none, still waiting'}"
         )
         raise DeadlineExceededError(message) from last_error
+
+    async def _ask(self, request: InferRequest, attempt: Attempt, left_s: float) -> InferResponse:
+        """Make one attempt, and others beside it while all are silent.
+
+        A failure counts only when no other attempt waits.
+        """
+        if self.silent_share is None or request.service_class is ServiceClass.BATCH:
+            return await attempt(replace(request, deadline_ms=left_s * 1e3))
+        loop = asyncio.get_running_loop()
+        end_s, num_left = loop.time() + left_s, MAX_BESIDE
+        waiting: set[asyncio.Task[InferResponse]] = set()
+        try:
+            while True:
+                if num_left > 0:
+                    left_s, num_left = end_s - loop.time(), num_left - 1
+                    another = attempt(replace(request, deadline_ms=max(left_s, 0.0) * 1e3))
+                    waiting.add(asyncio.ensure_future(another))
+                silent_s = self.silent_share * left_s if num_left > 0 else None
+                done, waiting = await asyncio.wait(
+                    waiting, timeout=silent_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                ended = sorted(done, key=lambda each: each.exception() is not None)
+                if ended and (ended[0].exception() is None or not waiting):
+                    return ended[0].result()
+        finally:
+            for each in waiting:
+                each.cancel()

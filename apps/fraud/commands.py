@@ -74,6 +74,11 @@ def _add_run(commands: Subparsers) -> None:
     parser.add_argument("--state", type=Path, default=Path("fraud-state"), metavar="DIR")
     parser.add_argument("--models", metavar="DIR_OR_URL", help="default: the shipped weights")
     parser.add_argument(
+        "--address",
+        metavar="auto|HOST:PORT|ray://..",
+        help="a running Ray cluster with the platform; default: RAY_ADDRESS, else a local one",
+    )
+    parser.add_argument(
         "--snapshot-s", type=float, default=_DEFAULTS.snapshot_period_s, help="snapshot period"
     )
     parser.add_argument("--reorder-wait-ms", type=int, default=_DEFAULTS.reorder_wait_ms)
@@ -84,9 +89,6 @@ def _add_run(commands: Subparsers) -> None:
     )
     parser.add_argument("--profile", type=Path, metavar="DIR", help="write stage times at the end")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--attach", action="store_true", help="use the deployment of a running cluster"
-    )
     parser.set_defaults(run=_later("apps.fraud.launch", "run_command"))
 
 

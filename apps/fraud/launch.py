@@ -1,16 +1,20 @@
-"""Brings the local platform and the workers of the fraud service up and down.
+"""Brings the platform, local or of a running cluster, and the workers of the service up and down.
 
 The only module of the application that reaches the platform's processes: a worker is
 given its client by ``cluster.workers`` and its share by the plan.
 """
 
 import argparse
+import shutil
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import mkdtemp
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -24,6 +28,8 @@ from apps.fraud.settings import FIVE_MINUTES_MS, ServiceSettings, Topics
 from apps.fraud.transaction import TransactionSchema
 from apps.fraud.transport import KafkaSettings, KafkaStream, read_options
 from cluster.client import Client
+from cluster.errors import ConfigurationError
+from cluster.membership import choose_address, joined
 
 if TYPE_CHECKING:
     from cluster.loading import ModelSource
@@ -34,19 +40,36 @@ _LOOK_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlan:
-    """What every worker is built from; travels to its process."""
+    """What every worker is built from; travels to its process.
+
+    Args:
+        kafka: Where the log is.
+        settings: Of all workers; each gets its index.
+        policy: Thresholds and rules.
+        schemas: How messages are read.
+        history: Content of ``settings.warm_from``, for nodes that do not have that file.
+    """
 
     kafka: KafkaSettings
     settings: ServiceSettings
     policy: Policy
     schemas: Schemas
+    history: bytes | None = None
 
     def __call__(self, index: int, num_workers: int, client: Client) -> FraudService:
         """Build one worker."""
         settings = replace(self.settings, index=index, num_workers=num_workers)
         scorer = Scorer(client)
         stream = KafkaStream(self.kafka)
-        return FraudService(settings, self.schemas, self.policy, scorer, stream)
+        if self.history is None or settings.warm_from is None:
+            return FraudService(settings, self.schemas, self.policy, scorer, stream)
+        folder = Path(mkdtemp(prefix="trimoe-history-"))
+        unpacked = folder / settings.warm_from.name
+        unpacked.write_bytes(self.history)
+        settings = replace(settings, warm_from=unpacked)
+        service = FraudService(settings, self.schemas, self.policy, scorer, stream)
+        weakref.finalize(service, shutil.rmtree, folder, ignore_errors=True)
+        return service
 
 
 def default_schemas() -> Schemas:
@@ -73,9 +96,9 @@ def running_service(
     models: str | None = None,
     device: str = "cpu",
     source: "ModelSource | None" = None,
-    attach: bool = False,
+    address: str | None = None,
 ) -> Iterator["WorkerGroup"]:
-    """Run the local platform and the workers until the block ends, then drain them.
+    """Run the workers, and a platform for them, until the block ends; then drain them.
 
     Args:
         plan: What workers are built from.
@@ -83,30 +106,26 @@ def running_service(
         models: Directory of models; None takes the shipped ones.
         device: Where the model runs.
         source: Other models than those in ``models``.
-        attach: Use the application of a running cluster; the above are its own business.
+        address: A running cluster whose platform is used; None starts a local one.
 
     Raises:
-        ConfigurationError, CheckpointError, UnavailableError, UnknownModelError: See
-            ``cluster.platform``.
+        ConfigurationError, CheckpointError, UnknownModelError: See ``cluster.platform`` and
+            ``cluster.membership``.
     """
-    from cluster import platform as processes  # noqa: PLC0415 - ray
+    with ExitStack() as stack:
+        if address is not None:
+            stack.enter_context(joined(address))
+        else:
+            from cluster.platform import PlatformConfig, start  # noqa: PLC0415 - ray
 
-    processes.prepare_environment(is_own=not attach)
-    from cluster.workers import run_workers  # noqa: PLC0415 - ray reads its settings at import
+            config = PlatformConfig(port=None, device=device)
+            config = replace(config, models=models) if models else config
+            stack.callback(start(config, source).stop)
+        from cluster.workers import run_workers  # noqa: PLC0415 - ray reads settings at import
 
-    if attach:
-        platform = processes.attach()
-    else:
-        config = processes.PlatformConfig(port=None, device=device)
-        platform = processes.start(replace(config, models=models) if models else config, source)
-    try:
         group = run_workers(plan, num_workers)
-        try:
-            yield group
-        finally:
-            group.stop()
-    finally:
-        platform.stop()
+        stack.callback(group.stop)
+        yield group
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -127,6 +146,13 @@ def run_command(args: argparse.Namespace) -> int:
         profile_dir=args.profile and args.profile.resolve(),
     )
     plan = WorkerPlan(kafka, settings, load_policy(args.policy), default_schemas())
+    address = choose_address(args.address)
+    if address is not None:
+        if args.models is not None:
+            message = f"expected --models or a running cluster, got both; {address} has its model"
+            raise ConfigurationError(message)
+        if settings.warm_from is not None:
+            plan = replace(plan, history=settings.warm_from.read_bytes())
     stopping = threading.Event()
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
@@ -134,7 +160,7 @@ def run_command(args: argparse.Namespace) -> int:
 
     _on_signal(stop)
     with running_service(
-        plan, args.workers, models=args.models, device=args.device, attach=args.attach
+        plan, args.workers, models=args.models, device=args.device, address=address
     ) as group:
         _on_signal(stop)  # Ray installs its own while it starts, and would end without a drain
         sys.stderr.write(

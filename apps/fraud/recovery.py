@@ -3,6 +3,9 @@
 A snapshot is written only after every message that its state contains was
 answered and acknowledged, so its positions are also lower bounds of what needs an
 answer.  Files are ``.npz`` without pickle, replaced atomically, the last two kept.
+
+A snapshot saves time, not truth: without one, on another node for example, the state is built
+anew from the beginning of the log and gives the same features.
 """
 
 import json
@@ -146,6 +149,12 @@ def find_start(
         state = FeatureState.restore(dict(snapshot.arrays))
         return Start(state, dict(snapshot.positions), open_from)
     first = {tp: first for tp, (first, _) in log.bounds.items()}
+    if trimmed := sorted(f"{tp.topic}[{tp.partition}]" for tp, offset in first.items() if offset):
+        logger.warning(
+            "no snapshot, and %s lack their first records: features are exact only if the warm-up "
+            "table holds those; keep --state where every node sees it",
+            ", ".join(trimmed),
+        )
     return Start(build_fresh(), first, {tp: log.committed[tp] for tp in owned})
 
 

@@ -9,7 +9,7 @@ table, bit for bit, for rows and labels that arrive in time.
   7 days after the transaction on, however early it is known.
 - Memory: 38 days of event time, the last 16 rows of a card and 32 of a terminal (see
   ``apps.fraud.retention``), for ever a few integers per card, per terminal and per pair of them
-  that met, and the last million labels without a transaction.  A label for a dropped row waits
+  that met, and the last million frauds without a transaction.  A label for a dropped row waits
   there in vain, and a dropped id is no longer ``seen``.
 
 Not thread-safe.  Knows no clock and no Kafka.
@@ -35,7 +35,7 @@ from apps.fraud.retention import NO_FRAUD, PEAK, Memory
 from apps.fraud.table import event_columns
 from apps.fraud.transaction import Transaction, TransactionId
 
-MAX_PENDING_LABELS = 1_000_000  # about 100 MB
+MAX_PENDING_LABELS = 1_000_000  # frauds; a rebuild reads all labels first; about 100 MB
 SPARE_ROWS = 2**18  # appended before rows are dropped again; dropping takes about 1 us per row
 _PAIR_BITS = 32
 
@@ -77,7 +77,8 @@ class FeatureState:
         row = self._row_of.get(label.transaction_id)
         if row is None:
             self._pending.pop(label.transaction_id, None)
-            self._pending[label.transaction_id] = label.is_fraud
+            if label.is_fraud:  # a row begins as no fraud
+                self._pending[label.transaction_id] = True
             if len(self._pending) > MAX_PENDING_LABELS:
                 self._pending.popitem(last=False)
         else:

@@ -158,7 +158,7 @@ class KafkaStream:
         self._paused: frozenset[TopicPartition] = frozenset()
         self._lock = threading.Lock()
         self._to_commit: dict[TopicPartition, int] = {}
-        self._committing = False
+        self._committing: dict[TopicPartition, int] = {}
         self._committed_at_s = 0.0
 
     def partitions(self, topic: str) -> list[int]:
@@ -253,11 +253,11 @@ class KafkaStream:
             if self._committing or too_early or not self._to_commit:
                 return
             offsets, self._to_commit = self._to_commit, {}
-            self._committing, self._committed_at_s = True, now_s
+            self._committing, self._committed_at_s = offsets, now_s
 
         def answered(_offsets: object, response: object) -> None:
             with self._lock:
-                self._committing = False
+                self._committing = {}
                 if isinstance(response, Exception):  # again, unless a later offset waits
                     self._to_commit = offsets | self._to_commit
 
@@ -289,13 +289,14 @@ class KafkaStream:
             reader.close(autocommit=False)
 
     def close(self) -> None:
-        """Send what is buffered, wait for commits, and leave."""
+        """Send what is buffered, commit, and leave.
+
+        A commit on its way is repeated rather than awaited: its answer is read only in a poll.
+        """
         self._producer.close(timeout=_CLOSE_S)
-        deadline_s = time.monotonic() + _CLOSE_S
-        while self._committing and time.monotonic() < deadline_s:
-            time.sleep(0.005)
         with self._lock:
-            offsets, self._to_commit = self._to_commit, {}
+            offsets = self._committing | self._to_commit
+            self._to_commit = {}
         if offsets:
             self._consumer.commit(_kafka_offsets(offsets), timeout_ms=1000 * _CLOSE_S)
         self._consumer.close(autocommit=False)

@@ -14,7 +14,7 @@ from cluster.errors import (
     TrimoeError,
 )
 from cluster.retry import RetryPolicy
-from cluster.schemas import InferRequest, InferResponse
+from cluster.schemas import InferRequest, InferResponse, ServiceClass
 
 ANSWER = cast("InferResponse", object())
 
@@ -83,3 +83,75 @@ def test_silence_ends_at_the_deadline(make_request: Make) -> None:
 
     with pytest.raises(DeadlineExceededError, match="none, still waiting"):
         asyncio.run(RetryPolicy().send(make_request(deadline_ms=20.0), silent))
+
+
+class SilentReplica:
+    """Never answers the first attempts; then does as it is told."""
+
+    def __init__(self, num_silent: int, *then: TrimoeError) -> None:
+        self.num_silent, self.errors = num_silent, list(then)
+        self.asked: list[InferRequest] = []
+        self.num_dropped = 0
+
+    async def attempt(self, request: InferRequest) -> InferResponse:
+        self.asked.append(request)
+        if len(self.asked) > self.num_silent:
+            if self.errors:
+                raise self.errors.pop(0)
+            return ANSWER
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            self.num_dropped += 1
+            raise
+        return ANSWER
+
+    def send(self, request: InferRequest) -> InferResponse:
+        return asyncio.run(RetryPolicy(silent_share=0.5).send(request, self.attempt))
+
+
+@pytest.mark.parametrize(("num_silent", "lefts_ms"), [(1, [400, 200]), (2, [400, 200, 100])])
+def test_silence_gets_another_attempt_with_the_time_left_and_is_dropped(
+    make_request: Make, num_silent: int, lefts_ms: list[int]
+) -> None:
+    replica = SilentReplica(num_silent)
+    assert replica.send(make_request(deadline_ms=400.0)) is ANSWER
+    found_ms = [each.deadline_ms for each in replica.asked]
+    assert found_ms == pytest.approx(lefts_ms, abs=60)
+    assert {each.request_id for each in replica.asked} == {"r0"}
+    assert replica.num_dropped == num_silent
+
+
+def test_a_failure_beside_a_silent_attempt_is_not_the_end(make_request: Make) -> None:
+    replica = SilentReplica(1, DeadlineExceededError("cannot be met"))
+    assert replica.send(make_request(deadline_ms=400.0)) is ANSWER
+    assert len(replica.asked) == 3
+
+
+def test_the_silent_one_may_answer_when_all_others_have_failed(make_request: Make) -> None:
+    num_asked = 0
+
+    async def attempt(_: InferRequest) -> InferResponse:
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked > 1:
+            raise ReplicaLostError("died")
+        await asyncio.sleep(0.32)
+        return ANSWER
+
+    policy = RetryPolicy(silent_share=0.5)
+    assert asyncio.run(policy.send(make_request(deadline_ms=400.0), attempt)) is ANSWER
+    assert num_asked == 3
+
+
+def test_a_batch_request_is_never_in_two_places(make_request: Make) -> None:
+    replica = SilentReplica(1)
+    with pytest.raises(DeadlineExceededError, match="none, still waiting"):
+        replica.send(make_request(deadline_ms=40.0, service_class=ServiceClass.BATCH))
+    assert len(replica.asked) == 1
+
+
+def test_a_quick_failure_is_no_silence(make_request: Make) -> None:
+    replica = SilentReplica(0, ReplicaLostError("died"))
+    assert replica.send(make_request()) is ANSWER
+    assert len(replica.asked) == 2

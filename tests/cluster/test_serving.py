@@ -268,6 +268,21 @@ def test_killed_replica_costs_no_request(platform_url: str, make_request: Make) 
     assert len(asyncio.run(scenario())) == 30
 
 
+def test_a_worker_needs_the_head_before_its_first_request_and_not_in_it(platform_url: str) -> None:
+    """A router that starts in the first request blocks the event loop while the head is away."""
+    import ray
+
+    class Caller:
+        async def is_ready(self) -> bool:
+            from cluster.handle import connect
+
+            return connect()._handle.is_initialized
+
+    actor: Any = ray.remote(num_cpus=0)(Caller).remote()
+    assert ray.get(actor.is_ready.remote())
+    ray.kill(actor)
+
+
 class TickingService:
     """Appends a line per tick to a file, through a request; says when it has drained."""
 
@@ -325,7 +340,7 @@ def test_killed_worker_comes_back_and_all_drain_at_stop(
         return path.read_text().splitlines() if path.exists() else []
 
     until(lambda: min(len(lines(0)), len(lines(1))) > 3)
-    victim, other = group.pids()
+    victim, other = (place.pid for place in group.places())
     assert lines(0)[0] == f"{victim} tiny-1"
     os.kill(victim, signal.SIGKILL)
     until(lambda: lines(0)[-1].split()[0] not in {str(victim), ""} and len(lines(0)) > 3)

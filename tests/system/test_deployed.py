@@ -1,4 +1,4 @@
-"""A cluster as compose.yaml has it, on a real Ray head: deploy, attach, decide, stay."""
+"""A cluster as compose.yaml has it, on a real Ray head: deploy, join, decide, stay."""
 
 import json
 import os
@@ -25,6 +25,7 @@ from apps.fraud.settings import Topics
 from apps.fraud.simulate import SimulationConfig, simulate
 from apps.fraud.transport import KafkaSettings, KafkaStream
 from benchmarks.fraud_rig import Collector, make_topics, offline_digests, send_table
+from cluster.keys import create_key
 from cluster.validation.inventory import shipped
 
 pytestmark = [
@@ -72,7 +73,7 @@ def ready(port: int) -> tuple[str, str]:
 
 def fraud_run(broker: EmbeddedBroker, topics: Topics, *options: str) -> list[str]:
     return [
-        *("fraud", "run", "--attach", f"--bootstrap-servers={broker.bootstrap_servers}"),
+        *("fraud", "run", "--address=auto", f"--bootstrap-servers={broker.bootstrap_servers}"),
         *(f"--transactions-topic={topics.transactions}", f"--labels-topic={topics.labels}"),
         *(f"--decisions-topic={topics.decisions}", f"--dead-letters-topic={topics.dead_letters}"),
         *options,
@@ -107,10 +108,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     folder = tmp_path_factory.mktemp("head")
     gcs, dashboard, agent, metrics, client = free_ports(5)
     (folder / "ray_token").write_text(secrets.token_hex(32))
+    create_key(folder / "api_keys.json", "ops")
     environment = os.environ | {
         "RAY_ADDRESS": f"127.0.0.1:{gcs}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "ray_token"),
+        "TRIMOE_API_KEYS": str(folder / "api_keys.json"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",

@@ -13,7 +13,7 @@ from apps.fraud.brokers import create_topics
 from apps.fraud.launch import check_topics
 from apps.fraud.settings import Topics
 from apps.fraud.simulate import SimulationConfig, simulate
-from apps.fraud.stream import Outgoing
+from apps.fraud.stream import Outgoing, TopicPartition
 from apps.fraud.transport import KafkaSettings, KafkaStream
 from benchmarks.fraud_kill import Plan, kill_run
 from benchmarks.fraud_parity import Case, check
@@ -56,6 +56,23 @@ def test_killed_workers_lose_nothing_and_resume_exactly(address: str, table: pd.
     plan = Plan(kills=3, num_workers=2, rate_tx_s=400.0, seed=1, with_model=False)
     counts = kill_run(address, table[:8000], plan)
     assert counts["decided"] == counts["equal"] == 8000
+
+
+def test_a_stream_closes_at_once_with_a_commit_on_its_way(address: str) -> None:
+    """A worker that is moved or restarted must not wait for an answer that nobody reads."""
+    topic = f"close-{time.time_ns()}"
+    create_topics(address, {topic: 1})
+    settings = KafkaSettings(address, topic)
+    stream = KafkaStream(settings)
+    stream.assign({TopicPartition(topic, 0): 0})
+    stream.commit({TopicPartition(topic, 0): 0})
+    stream.poll(0.0)  # sends it
+    stream.commit({TopicPartition(topic, 0): 5})
+    begin_s = time.monotonic()
+    stream.close()
+    assert time.monotonic() - begin_s < 5.0
+    with closing(KafkaStream(settings)) as reader:
+        assert reader.committed(topic) == {0: 5}
 
 
 def test_missing_topic_is_one_clear_line(address: str) -> None:

@@ -350,6 +350,28 @@ def test_damaged_snapshots_are_skipped_and_the_log_is_read_again(tmp_path: Path)
     assert len(decisions(log)) == 40
 
 
+def test_a_rebuild_knows_every_fraud_however_many_labels_the_log_holds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A new node has no snapshot, and reads all labels before the first transaction."""
+    found = []
+    for limit in (1_000_000, 5):
+        monkeypatch.setattr("apps.fraud.state.MAX_PENDING_LABELS", limit)
+        log = new_log()
+        send(log, *(payment(i) for i in range(40)))
+        run(log, AmountClient())
+        for i in range(40):
+            value = f'{{"TRANSACTION_ID": {i}, "TX_FRAUD": {int(i % 10 == 0)}}}'.encode()
+            log.append(Outgoing("labels", i % PARTITIONS, None, value, []))
+        later = NOW_MS + 8 * 86_400_000
+        send(log, *(payment(i, TX_DATETIME=later + i) for i in range(40, 60)))
+        run(log, AmountClient(), ServiceSettings(max_ahead_ms=None))
+        found.append(digest_of(log))
+    assert found[0] == found[1]
+    assert len(found[0]) == 60
+    assert "lack their first records" not in caplog.text
+
+
 def test_bad_label_is_a_dead_letter_and_good_ones_reach_the_state() -> None:
     """Labels are input too; what cannot be read is not lost."""
     log = new_log()

@@ -1,0 +1,18 @@
+"""The smallest preset with seeded weights: a real model that costs next to nothing."""
+
+import torch
+
+from cluster.loading import LoadedModel
+from cluster.step import StepRunner
+from core_model.config import PRESETS
+from core_model.model import MoETransformer
+from core_model.tasks import registered_tasks
+
+
+def load_tiny() -> LoadedModel:
+    """Return the model, the same in every replica."""
+    torch.manual_seed(0)
+    config = PRESETS["tiny"]
+    model = MoETransformer(config, ("fraud",)).eval()
+    tasks = {"fraud": registered_tasks()["fraud"]}
+    return LoadedModel(StepRunner(model, tasks, config.num_experts), "tiny-1")
