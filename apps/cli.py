@@ -17,6 +17,7 @@ from cluster.errors import TrimoeError
 COMMAND_GROUPS: Final = (
     "apps.fraud.commands",
     "apps.platform_commands",
+    "apps.model_commands",
     "apps.cluster_commands",
     "apps.key_commands",
     "apps.bench_commands",

@@ -1,4 +1,4 @@
-"""The platform's own commands: serve, status, check, models list and show.
+"""The platform's own commands: serve, status, check.
 
 Heavy packages are imported when a command needs them, so that ``trimoe --help`` is quick
 and works on a base install.
@@ -11,22 +11,19 @@ import signal
 import subprocess
 import sys
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from cluster.client import api_key_from_environment
-from cluster.errors import ConfigurationError, TrimoeError
+from cluster.errors import TrimoeError
 from cluster.keys import keys_path_from_environment
 from cluster.registry import Registry
+from cluster.report import fetch_report
 
 PACKAGES: Final = ("apps", "cluster", "core_model", "kernels")
 REQUIRED: Final = {"numpy": "the base", "ray": "[platform]", "torch": "[platform]"}
 OPTIONAL: Final = ("kafka-python", "pandas", "xgboost-cpu", "safetensors", "triton", "onnxruntime")
-HTTP_TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 20.0
 
 Subparsers = Any  # argparse keeps the type of add_subparsers() private
@@ -66,16 +63,6 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_models(check)
     check.set_defaults(run=run_check)
 
-    models = subparsers.add_parser("models", help="model versions on disk")
-    actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")
-    listing = actions.add_parser("list", help="all versions")
-    _add_models(listing)
-    listing.set_defaults(run=run_models_list)
-    show = actions.add_parser("show", help="the manifest of one version")
-    show.add_argument("name", help="name or version")
-    _add_models(show)
-    show.set_defaults(run=run_models_show)
-
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", default="models", help="models directory or URL")
@@ -112,16 +99,20 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def run_status(args: argparse.Namespace) -> int:
-    """Print what a running platform reports; 1 if it does not answer or is not ready.
+    """Print what a running platform reports; an error if it does not answer or is not ready.
 
     With $TRIMOE_API_KEY it sees more than that it is ready, where keys are needed.
     """
-    report = _fetch(f"{args.url.rstrip('/')}/readyz")
+    report = fetch_report(args.url, "/readyz")
     for name, value in report.items():
-        _say(f"{name:14} {', '.join(value) if isinstance(value, list) else value}")
+        if name == "models":
+            for model in value:
+                _say(f"{'model':14} {json.dumps(model)}")
+        else:
+            _say(f"{name:14} {', '.join(value) if isinstance(value, list) else value}")
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    return 0 if report.get("status") == "ready" else 1
+    return 0
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -130,20 +121,6 @@ def run_check(args: argparse.Namespace) -> int:
     for finding in findings:
         _say(f"{'ok  ' if finding.passed else 'FAIL'} {finding.subject:14} {finding.detail}")
     return 0 if all(finding.passed for finding in findings) else 1
-
-
-def run_models_list(args: argparse.Namespace) -> int:
-    """Print one line per model."""
-    for entry in Registry(args.models).models():
-        _say(f"{entry.name:20} {entry.version:24} {', '.join(entry.tasks)}")
-    return 0
-
-
-def run_models_show(args: argparse.Namespace) -> int:
-    """Print a manifest and whether the weights match it."""
-    entry = Registry(args.models).fetch(args.name)
-    _say(json.dumps(entry.manifest, indent=2, sort_keys=True))
-    return 0
 
 
 def _findings(models: str) -> Iterator[Finding]:
@@ -203,27 +180,6 @@ def _gpu() -> str:
     except (OSError, subprocess.SubprocessError) as error:
         return f"nvidia-smi does not answer ({type(error).__name__})"
     return ", ".join(done.stdout.split("\n")).strip(", ")
-
-
-def _fetch(url: str) -> Mapping[str, Any]:
-    if not url.startswith(("http://", "https://")):
-        message = f"--url: expected http://HOST:PORT, got {url!r}"
-        raise ConfigurationError(message)
-    key = api_key_from_environment()
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    request = urllib.request.Request(url, headers=headers)  # noqa: S310 - checked above
-    try:
-        with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_S) as answer:  # noqa: S310
-            report = json.load(answer)
-    except urllib.error.HTTPError as error:
-        report = {"status": f"not ready (HTTP {error.code})"}
-    except (OSError, ValueError) as error:
-        message = f"{url}: expected a running platform, got {error}; start it with trimoe serve"
-        raise ConfigurationError(message) from error
-    if not isinstance(report, dict):
-        message = f"{url}: expected a report, got {report!r:.80}; is that trimoe?"
-        raise ConfigurationError(message)
-    return report
 
 
 def _say(line: str) -> None:

@@ -17,7 +17,7 @@ from benchmarks.fault_replicas import await_replicas, running_replicas
 from benchmarks.fault_stream import Flow, fault_stream
 from benchmarks.real_kafka import RealKafka
 from benchmarks.real_redis import real_redis
-from benchmarks.tiny_model import load_tiny
+from benchmarks.tiny_model import TINY
 from cluster.client import HttpClient
 from cluster.errors import ConfigurationError
 from cluster.handle import connect_blocking
@@ -92,7 +92,7 @@ def _deploy_from_elsewhere(config: PlatformConfig) -> None:
     Raises:
         ConfigurationError: It failed; what it says stands on stderr.
     """
-    process = multiprocessing.get_context("spawn").Process(target=start, args=(config, load_tiny))
+    process = multiprocessing.get_context("spawn").Process(target=start, args=(config, TINY))
     process.start()
     process.join()
     if process.exitcode:

@@ -15,7 +15,7 @@ from benchmarks.fault_probe import Probe
 from benchmarks.fault_replicas import await_replicas, running_replicas
 from benchmarks.fault_stream import FaultStream, Flow, fault_stream
 from benchmarks.real_kafka import RealKafka
-from benchmarks.tiny_model import load_tiny
+from benchmarks.tiny_model import TINY
 from cluster.errors import ReplicaLostError
 from cluster.handle import connect_blocking
 from cluster.platform import PlatformConfig, start
@@ -122,7 +122,7 @@ def scene(flow: Flow) -> Iterator[Scene]:
             num_replicas=NUM_REPLICAS,
             max_replicas_per_node=1,
         )
-        platform = start(config, load_tiny)
+        platform = start(config, TINY)
         try:
             with (
                 Probe(connect_blocking, PROBE_RATE) as probe,

@@ -23,10 +23,10 @@ def lose_replicas(kills: int, *, rate: float = 20.0, calm_s: float = 2.0) -> dic
         await_replicas,
         running_replicas,
     )
-    from benchmarks.tiny_model import load_tiny  # noqa: PLC0415
+    from benchmarks.tiny_model import TINY  # noqa: PLC0415
     from cluster.handle import connect_blocking  # noqa: PLC0415
 
-    platform = start(PlatformConfig(port=None, num_replicas=NUM_REPLICAS), load_tiny)
+    platform = start(PlatformConfig(port=None, num_replicas=NUM_REPLICAS), TINY)
     recovery_s = []
     try:
         with Probe(connect_blocking, rate) as probe:

@@ -157,14 +157,19 @@ class Engine:
 
     def status(self) -> Mapping[str, Any]:
         """Return what is loaded and how busy it is; plain values only."""
-        runner = self._models[self.aliases.stable].runner
         queued = self._scheduler.queued_tokens
         return {
             "model_version": self.aliases.stable,
-            "aliases": self.aliases.to_dict(),
-            "versions": {v: self._records[v].report() for v in self._models},
-            "tasks": sorted(runner.tasks),
-            "device": runner.device,
+            "models": [
+                {
+                    "model_version": version,
+                    "aliases": self.aliases.names_of(version),
+                    "tasks": sorted(model.runner.tasks),
+                    "device": model.runner.device,
+                    **self._records[version].report(),
+                }
+                for version, model in self._models.items()
+            ],
             "waiting": self._scheduler.num_waiting,
             "queued_tokens": {str(each): tokens for each, tokens in queued.items()},
             "predicted_delay_ms": round(self._scheduler.predicted_delay_ms, 3),

@@ -29,12 +29,26 @@ ModelName = Annotated[  # checked by hand, for the message; the pattern is for r
 
 
 class ModelReport(BaseModel):
-    """A model that is served."""
+    """A version that is loaded, and what it has done since, in the replica that answers.
+
+    Args:
+        ok: Requests answered.
+        failed: Requests whose step failed.
+        p50_ms, p99_ms: Of the latest answered requests.
+        shadowed: Sequences it was asked without answering.
+        disagreed: Of these, the ones whose answer differed from the stable version's.
+    """
 
     model_version: str
     aliases: list[str]
     tasks: list[str]
     device: str
+    ok: int
+    failed: int
+    p50_ms: float | None
+    p99_ms: float | None
+    shadowed: int
+    disagreed: int
 
 
 class ModelReports(BaseModel):
@@ -62,7 +76,8 @@ def build_status_routes(backend: Backend) -> APIRouter:
     routes = APIRouter(tags=["status"])
 
     async def served() -> Sequence[ModelReport]:
-        return [ModelReport.model_validate(await backend.status())]
+        report = await backend.status()
+        return [ModelReport.model_validate(each) for each in report["models"]]
 
     @routes.get("/v1/models", dependencies=[needs_key(Role.INFER)], responses=PROBLEMS)
     async def models() -> ModelReports:

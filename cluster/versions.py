@@ -59,6 +59,16 @@ class Aliases:
         named = (self.stable, self.canary, self.shadow, self.previous)
         return tuple(dict.fromkeys(name for name in named if name is not None))
 
+    def names_of(self, version: str) -> list[str]:
+        """Return the aliases of a version."""
+        named = {
+            STABLE: self.stable,
+            CANARY: self.canary,
+            SHADOW: self.shadow,
+            PREVIOUS: self.previous,
+        }
+        return [alias for alias, named_version in named.items() if named_version == version]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values."""
         return asdict(self)

@@ -58,13 +58,6 @@ def test_check_finds_a_second_owner_of_our_package_names(
     assert re.search("FAIL kernels .*also owned by rival", capsys.readouterr().out)
 
 
-def test_models_are_listed_and_shown(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("models", "list", "--models", str(models)) == 0
-    assert capsys.readouterr().out.split() == ["base", "base-1", "fraud"]
-    assert run("models", "show", "base-1", "--models", str(models)) == 0
-    assert json.loads(capsys.readouterr().out)["version"] == "base-1"
-
-
 def test_altered_weights_do_not_start_a_platform(models: Path) -> None:
     (models / "base" / "model.safetensors").write_bytes(b"weightz")
     with pytest.raises(CheckpointError, match="the file was altered"):

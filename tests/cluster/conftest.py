@@ -25,6 +25,7 @@ from cluster.loading import LoadedModel, OneModel
 from cluster.metrics import METRICS
 from cluster.schemas import InferRequest, InferResponse, ServiceClass, Timings
 from cluster.step import StepRunner
+from cluster.versions import VersionRecord
 from core_model.builtin_tasks import FRAUD
 from core_model.model import StepOutput
 from core_model.packing import RaggedBatch, concat_cu_seqlens, segment_ids
@@ -226,9 +227,15 @@ class Door:
         self.recorder = ListRecorder()
         self.report: dict[str, Any] = {
             "model_version": "fake-1",
-            "aliases": ["stable"],
-            "tasks": ["cards", "fraud"],
-            "device": "cpu",
+            "models": [
+                {
+                    "model_version": "fake-1",
+                    "aliases": ["stable"],
+                    "tasks": ["cards", "fraud"],
+                    "device": "cpu",
+                    **VersionRecord().report(),
+                }
+            ],
         }
         self.broken: Exception | None = None
         backend = Backend(self.client, self.status, self.page, self.recorder)

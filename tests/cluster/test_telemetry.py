@@ -44,7 +44,7 @@ def test_every_measurement_is_one_that_the_list_knows(load_tiny: Load, make_requ
             await engine.infer(make_request(request_id=f"r{i}"))
         with pytest.raises(UnavailableError):
             await engine.infer(make_request(request_id="late", deadline_ms=1e-6))
-        while engine.status()["versions"]["tiny-2"]["shadowed"] < 15:  # noqa: ASYNC110 - a count
+        while engine.status()["models"][1]["shadowed"] < 15:  # noqa: ASYNC110 - a count
             await asyncio.sleep(0.005)
         await engine.stop()
 

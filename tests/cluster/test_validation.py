@@ -89,7 +89,7 @@ TYPOS = [
     (RAYSERVICE, "upscalingMode: Default", "upscalingMode: Defualt", "autoscalerOptions.upscalingMode", "one of Default"),
     (RAYSERVICE, "requests: { cpu: 500m", "request: { cpu: 500m", "autoscalerOptions.resources.request", "'requests'"),
     (RAYSERVICE, "labels: { app.kubernetes.io/part-of: trimoe }", "label: {}", "metadata.label", "'labels'"),
-    (RAYSERVICE, "{ name: cache, mountPath", "{ name: cash, mountPath", "volumeMounts[1].name", "['cache', 'scratch']"),
+    (RAYSERVICE, "{ name: cache, mountPath", "{ name: cash, mountPath", "volumeMounts[1].name", "['api-keys', 'cache', 'scratch']"),
     # agreement of the RayService with the Serve config, the installed Ray and itself
     (RAYSERVICE, 'rayVersion: "2.60.0"', 'rayVersion: "2.59.0"', "rayVersion", "the installed 2.60.0"),
     (RAYSERVICE, "trimoe:0.1.0-ray2.60.0", "trimoe:0.1.0-ray2.59.0", "containers[0].image", "-ray2.60.0"),
@@ -117,7 +117,7 @@ TYPOS = [
     ("ray_cluster.yaml", "ssh_user", "ssh_usr", "auth.ssh_usr", "'ssh_user'"),
     ("ray_cluster.yaml", "worker_ips", "workers_ips", "provider.workers_ips", "'worker_ips'"),
     ("ray_cluster.yaml", "--env=RAY_AUTH_MODE=token", "--env=RAY_AUTH_MODE=disabled", "docker.run_options.RAY_AUTH_MODE", "token"),
-    ("ray_cluster.yaml", "--cap-drop", "--cap-dorp", "docker.run_options[9]", "'--cap-drop'"),
+    ("ray_cluster.yaml", "--cap-drop", "--cap-dorp", "docker.run_options[10]", "'--cap-drop'"),
     ("ray_cluster.yaml", "--metrics-export-port", "--metric-export-port", "head_start_ray_commands[1]", "'metrics-export-port'"),
     ("ray_cluster.yaml", "--num-cpus=0", "--num-cpus=8", "head_start_ray_commands", "the head does no work"),
     ("ray_cluster.yaml", "    - 192.0.2.14\n", "", "worker_start_ray_commands: --num-gpus", "GPUs for 4 replicas of 1"),

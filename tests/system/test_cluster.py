@@ -35,11 +35,11 @@ TRANSACTIONS = 1500
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[FaultCluster]:
     """Two nodes with the smallest model on them; gone before another module starts Ray."""
-    from benchmarks.tiny_model import load_tiny
+    from benchmarks.tiny_model import TINY
     from cluster.platform import PlatformConfig, start
 
     with FaultCluster(2) as nodes:
-        platform = start(PlatformConfig(address=nodes.address, port=None), load_tiny)
+        platform = start(PlatformConfig(address=nodes.address, port=None), TINY)
         yield nodes
         platform.stop()
 

@@ -47,8 +47,8 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def get(url: str) -> bytes:
-    with urllib.request.urlopen(url, timeout=5) as answer:
+def get(url: str, **headers: str) -> bytes:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=5) as answer:
         body: bytes = answer.read()
         return body
 
@@ -66,8 +66,10 @@ def await_answer(url: str, timeout_s: float) -> None:
             return
 
 
-def ready(port: int) -> tuple[str, str]:
-    report = json.loads(get(f"http://127.0.0.1:{port}/readyz"))
+def ready(port: int, head: "Head") -> tuple[str, str]:
+    url = f"http://127.0.0.1:{port}/readyz"
+    assert json.loads(get(url)) == {"status": "ready"}
+    report = json.loads(get(url, Authorization=f"Bearer {head.api_key}"))
     return report["status"], report["model_version"]
 
 
@@ -88,6 +90,7 @@ class Head:
     agent: str
     metrics: str
     environment: Mapping[str, str]
+    api_key: str
 
     def trimoe(self, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
         """Run a command of ours in the environment of the cluster."""
@@ -108,7 +111,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     folder = tmp_path_factory.mktemp("head")
     gcs, dashboard, agent, metrics, client = free_ports(5)
     (folder / "ray_token").write_text(secrets.token_hex(32))
-    create_key(folder / "api_keys.json", "ops")
+    api_key = create_key(folder / "api_keys.json", "ops")
     environment = os.environ | {
         "RAY_ADDRESS": f"127.0.0.1:{gcs}",
         "RAY_AUTH_MODE": "token",
@@ -140,7 +143,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         try:
             await_answer(f"http://127.0.0.1:{dashboard}/api/gcs_healthz", 60)
             root = "http://127.0.0.1"
-            yield Head(f"{root}:{dashboard}", f"{root}:{agent}", f"{root}:{metrics}", environment)
+            places = f"{root}:{dashboard}", f"{root}:{agent}", f"{root}:{metrics}"
+            yield Head(*places, environment, api_key)
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -171,8 +175,8 @@ def port(head: Head, tmp_path_factory: pytest.TempPathFactory) -> int:
     return http
 
 
-def test_the_shipped_config_answers(port: int) -> None:
-    assert ready(port) == ("ready", "fraud-1")
+def test_the_shipped_config_answers(head: Head, port: int) -> None:
+    assert ready(port, head) == ("ready", "fraud-1")
 
 
 def test_probes_and_scrapes_of_the_deploy_files_need_no_token(head: Head, port: int) -> None:
@@ -208,4 +212,4 @@ def test_the_fraud_service_joins_the_cluster_and_leaves_it_running(
             assert service.wait(60) == 0
     assert found.num_equal(offline_digests(table)) == len(table)
     assert found.dead_letters == 0
-    assert ready(port) == ("ready", "fraud-1")
+    assert ready(port, head) == ("ready", "fraud-1")
