@@ -130,7 +130,7 @@ class Caller:
             end = time.monotonic() + timeout_s
             while time.monotonic() < end:
                 if select.select([connection], [], [], 0.2)[0]:
-                    return connection.recv(65536)
+                    return b"".join(iter(lambda: connection.recv(65536), b""))
                 connection.sendall(b"x")
         raise AssertionError("expected an answer")
 
