@@ -14,6 +14,7 @@ from cluster.handle import CORE_NAME
 from cluster.loading import ModelSource
 from cluster.ray_metrics import RayRecorder
 from cluster.schemas import InferRequest, InferResponse
+from cluster.tracing import trace_answer
 from cluster.versions import Aliases
 
 LOG = logging.getLogger(__name__)
@@ -44,7 +45,9 @@ class CoreReplica:
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Answer one request (see ``cluster.client.Client``)."""
-        return await self._engine.infer(request)
+        response = await self._engine.infer(request)
+        trace_answer(request, response)
+        return response
 
     async def status(self) -> Mapping[str, Any]:
         """Return what is loaded and how busy it is."""

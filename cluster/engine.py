@@ -115,7 +115,7 @@ class Engine:
         version = version or self.aliases.stable
         for spec in self._models[version].runner.tasks.values():
             for num_sequences in WARM_UP_SEQUENCES:
-                await self._answer(_blank_request(spec, num_sequences), version)
+                await self._answer(blank_request(spec, num_sequences), version)
 
     async def follow(self, aliases: Aliases, load: Load) -> None:
         """Load what aliases name and is not loaded, in a thread, then serve by them.
@@ -377,7 +377,8 @@ def count_disagreements(ours: InferResponse, other: InferResponse, within: float
     return int(np.logical_or.reduceat(differs, ours.cu_seqlens[:-1]).sum()) if differs.size else 0
 
 
-def _blank_request(spec: TaskSpec, num_sequences: int) -> InferRequest:
+def blank_request(spec: TaskSpec, num_sequences: int) -> InferRequest:
+    """Return a request of zeros, to warm up with."""
     rows = min(spec.max_rows, WARM_UP_ROWS)
     num_rows = num_sequences * rows
     counts = {"sequence": num_sequences, "row": num_rows}

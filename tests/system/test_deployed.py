@@ -1,5 +1,6 @@
 """A cluster as compose.yaml has it, on a real Ray head: deploy, join, decide, stay."""
 
+import gzip
 import json
 import os
 import re
@@ -9,24 +10,30 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from apps.fraud.brokers import EmbeddedBroker
 from apps.fraud.settings import Topics
 from apps.fraud.simulate import SimulationConfig, simulate
 from apps.fraud.transport import KafkaSettings, KafkaStream
 from benchmarks.fraud_rig import Collector, make_topics, offline_digests, send_table
+from cluster import wire
+from cluster.engine import blank_request
 from cluster.keys import create_key
 from cluster.validation.inventory import shipped
+from core_model.tasks import registered_tasks
 
 pytestmark = [
     pytest.mark.ray,
@@ -82,6 +89,38 @@ def fraud_run(broker: EmbeddedBroker, topics: Topics, *options: str) -> list[str
     ]
 
 
+class Spans(ThreadingHTTPServer):
+    """Receives OTLP, as a collector would; keeps the trace id and name of every span."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), ReceiveSpans)
+        self.found: set[tuple[str, str]] = set()
+
+
+class ReceiveSpans(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        assert isinstance(self.server, Spans)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            for scope in resource.scope_spans:
+                self.server.found |= {(s.trace_id.hex(), s.name) for s in scope.spans}
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def spans() -> Iterator[Spans]:
+    with Spans() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
 @dataclass(frozen=True)
 class Head:
     """A running head."""
@@ -106,7 +145,7 @@ class Head:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+def head(tmp_path_factory: pytest.TempPathFactory, spans: Spans) -> Iterator[Head]:
     """A head with a token, started as compose.yaml does."""
     folder = tmp_path_factory.mktemp("head")
     gcs, dashboard, agent, metrics, client = free_ports(5)
@@ -117,6 +156,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "ray_token"),
         "TRIMOE_API_KEYS": str(folder / "api_keys.json"),
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{spans.server_address[1]}",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
@@ -160,6 +200,7 @@ def port(head: Head, tmp_path_factory: pytest.TempPathFactory) -> int:
     (http,) = free_ports(1)
     config = yaml.safe_load((shipped() / "serve_config.cpu.yaml").read_text())
     config["http_options"] |= {"host": "127.0.0.1", "port": http}
+    config["tracing_config"] |= {"enabled": True, "sampling_ratio": 1.0}
     config["applications"][0]["args"]["models"] = str(ROOT / "models")
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
     words = ["cluster", "deploy", f"--config={folder / 'serve.yaml'}", "--address", head.dashboard]
@@ -192,6 +233,26 @@ def test_probes_and_scrapes_of_the_deploy_files_need_no_token(head: Head, port: 
         time.sleep(1)
     with pytest.raises(urllib.error.HTTPError, match="401"):
         get(f"{head.dashboard}/api/serve/applications/")
+
+
+def test_a_trace_of_the_caller_reaches_the_steps(head: Head, port: int, spans: Spans) -> None:
+    trace_id = secrets.token_hex(16)
+    blank = blank_request(registered_tasks()["fraud"], 3)
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/infer",
+        data=wire.encode_request(replace(blank, tenant="ops")),
+        headers={
+            "Authorization": f"Bearer {head.api_key}",
+            "Content-Type": wire.BINARY_TYPE,
+            "traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-01",
+        },
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert answer.status == 200
+    deadline = time.monotonic() + 20  # a batch of spans leaves every 5 s
+    while not {(trace_id, "trimoe.queue"), (trace_id, "trimoe.compute")} <= spans.found:
+        assert time.monotonic() < deadline, spans.found
+        time.sleep(0.2)
 
 
 def test_the_fraud_service_joins_the_cluster_and_leaves_it_running(
