@@ -1,8 +1,14 @@
 """How long a step takes: an online model, ``ms = a + sum over tasks of b_task * tokens_task``.
 
-Exponentially weighted least squares over measured steps, with a weak pull towards
-the prior so that it is defined from the first request on and when all steps look
-alike.  Pure arithmetic: no clock, no ray, no torch.
+Recursive least squares over measured steps with directional forgetting: a step displaces
+what was known about steps like it, and nothing else.  With plain exponential forgetting an
+hour of equal batch steps forgets how cost splits into ``a`` and ``b``; the fixed cost then
+drifts, budgets with it, and stream requests are refused for a delay that is not there
+(docs/log.md#cost-model).  Starts from a weak prior, so that it is defined from the first
+request on.  Pure arithmetic: no clock, no ray, no torch.
+
+Source: Cao and Schwartz, "A directional forgetting algorithm based on the decomposition of
+the information matrix", Automatica 36 (2000).
 """
 
 from collections.abc import Mapping
@@ -13,7 +19,7 @@ from numpy.typing import NDArray
 PRIOR_STEP_MS = 2.0  # launch cost of a step on one CPU core, before any measurement
 PRIOR_TOKEN_MS = 1 / 28.0  # 28k tokens/s, `base` on one CPU core (design.md section 3)
 TOKEN_UNIT = 1000.0  # regress on kilotokens: both unknowns then have like scale
-DECAY = 0.98  # weight of the past per step: a memory of about 50 steps
+DECAY = 0.98  # weight of the past in a step's direction: a memory of about 50 such steps
 PULL = 0.01  # weight of the prior against one measured step
 MIN_TOKEN_MS = 1e-5  # a slope is never zero: budgets stay finite
 
@@ -25,8 +31,8 @@ class CostModel:
         self._column: dict[str, int] = {}
         self._prior = np.array([PRIOR_STEP_MS])
         self._floor = np.zeros(1)
-        self._gram = np.zeros((1, 1))
-        self._moment = np.zeros(1)
+        self._gram = PULL * np.eye(1)
+        self._moment = PULL * self._prior
         self._weights = self._prior
 
     @property
@@ -50,15 +56,17 @@ class CostModel:
             self._prior = np.append(self._prior, PRIOR_TOKEN_MS * TOKEN_UNIT)
             self._floor = np.append(self._floor, MIN_TOKEN_MS * TOKEN_UNIT)
             self._gram = np.pad(self._gram, (0, 1))
-            self._moment = np.append(self._moment, 0.0)
+            self._gram[-1, -1] = PULL
+            self._moment = np.append(self._moment, PULL * self._prior[-1])
         x = np.zeros_like(self._prior)
         x[0] = 1.0
         for task, n in tokens.items():
             x[self._column[task]] = n / TOKEN_UNIT
-        self._gram = DECAY * self._gram + np.outer(x, x)
-        self._moment = DECAY * self._moment + elapsed_ms * x
-        pulled = self._gram + PULL * np.eye(x.size)
-        self._weights = _solve_above(pulled, self._moment + PULL * self._prior, self._floor)
+        known = self._gram @ x
+        share = (1.0 - DECAY) / (x @ known)
+        self._moment += elapsed_ms * x - share * (x @ self._moment) * known
+        self._gram += np.outer(x, x) - share * np.outer(known, known)
+        self._weights = _solve_above(self._gram, self._moment, self._floor)
 
 
 def _solve_above(

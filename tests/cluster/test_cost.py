@@ -38,5 +38,18 @@ def test_equal_steps_leave_a_prediction_that_fits_them_and_nothing_negative() ->
     assert cost.token_ms("unseen") > 0
 
 
+def test_equal_steps_do_not_forget_how_the_cost_splits() -> None:
+    """An hour of batch work leaves the fixed cost that steps of several sizes had shown."""
+    cost = CostModel()
+    rng = np.random.default_rng(5)
+    for n in rng.integers(10, 900, size=100):
+        cost.observe({"a": int(n)}, 4.0 + 0.01 * int(n))
+    for _ in range(20_000):
+        n = int(rng.integers(4900, 5100))
+        cost.observe({"a": n}, (4.0 + 0.01 * n) * rng.normal(1.0, 0.1))
+    assert cost.step_ms == pytest.approx(4.0, abs=2.0)
+    assert cost.predict_ms({"a": 5000}) == pytest.approx(54.0, rel=0.05)
+
+
 def test_before_any_step_the_prior_speaks() -> None:
     assert CostModel().predict_ms({}) == PRIOR_STEP_MS
