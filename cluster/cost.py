@@ -5,7 +5,8 @@ what was known about steps like it, and nothing else.  With plain exponential fo
 hour of equal batch steps forgets how cost splits into ``a`` and ``b``; the fixed cost then
 drifts, budgets with it, and stream requests are refused for a delay that is not there
 (docs/log.md#cost-model).  Starts from a weak prior, so that it is defined from the first
-request on.  Pure arithmetic: no clock, no ray, no torch.
+request on.  One step that a compiler or a pause made long moves it by a factor at most; a
+machine that became slow is learnt in a few steps.  Pure arithmetic: no clock, no ray, no torch.
 
 Source: Cao and Schwartz, "A directional forgetting algorithm based on the decomposition of
 the information matrix", Automatica 36 (2000).
@@ -20,6 +21,7 @@ PRIOR_STEP_MS = 2.0  # launch cost of a step on one CPU core, before any measure
 PRIOR_TOKEN_MS = 1 / 28.0  # 28k tokens/s, `base` on one CPU core (design.md section 3)
 TOKEN_UNIT = 1000.0  # regress on kilotokens: both unknowns then have like scale
 DECAY = 0.98  # weight of the past in a step's direction: a memory of about 50 such steps
+SURPRISE = 4.0  # a step counts for no more than so many times what was expected of it
 PULL = 0.01  # weight of the prior against one measured step
 MIN_TOKEN_MS = 1e-5  # a slope is never zero: budgets stay finite
 
@@ -54,6 +56,7 @@ class CostModel:
         for task in tokens.keys() - self._column.keys():
             self._column[task] = self._prior.size
             self._prior = np.append(self._prior, PRIOR_TOKEN_MS * TOKEN_UNIT)
+            self._weights = np.append(self._weights, self._prior[-1])
             self._floor = np.append(self._floor, MIN_TOKEN_MS * TOKEN_UNIT)
             self._gram = np.pad(self._gram, (0, 1))
             self._gram[-1, -1] = PULL
@@ -62,6 +65,7 @@ class CostModel:
         x[0] = 1.0
         for task, n in tokens.items():
             x[self._column[task]] = n / TOKEN_UNIT
+        elapsed_ms = min(elapsed_ms, SURPRISE * max(float(self._weights @ x), PRIOR_STEP_MS))
         known = self._gram @ x
         share = (1.0 - DECAY) / (x @ known)
         self._moment += elapsed_ms * x - share * (x @ self._moment) * known

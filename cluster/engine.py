@@ -88,7 +88,7 @@ class Engine:
         self._launcher = ThreadPoolExecutor(1, thread_name_prefix="step")
         self._collector = ThreadPoolExecutor(1, thread_name_prefix="collect")
         self._progress: WeakKeyDictionary[Job, _Progress] = WeakKeyDictionary()
-        self._warm_keys: set[str] = set()
+        self._warm_keys: set[tuple[str, int]] = set()  # a first step of a size may compile kernels
         self._background: set[asyncio.Task[None]] = set()
         self._num_steps = 0
         self._num_failed_in_a_row = 0
@@ -310,7 +310,7 @@ class Engine:
         now = self._clock()
         elapsed_ms = (now - max(started, self._step_ended)) * 1e3
         self._heartbeat = self._step_ended = now
-        keys = {part.job.cost_key for part in step}
+        keys = {(key, tokens.bit_length()) for key, tokens in count_tokens(step).items()}
         is_typical = error is None and keys <= self._warm_keys
         self._scheduler.finish(step, elapsed_ms if is_typical else None)
         self._warm_keys |= keys

@@ -15,7 +15,8 @@ Rules:
        above the budget runs when it is first in the step.
     6. Room that a class leaves goes to the next: no capacity idles while work waits.
     7. What cannot meet its deadline is refused on arrival or dropped before it runs, except
-       when nothing else waits: the cost model must be able to learn that it was wrong.
+       when nothing else waits, or none of its kind has run for ``probe_s``: the cost model must
+       be able to learn that it was wrong.
 
 Pure asyncio: no ray, no torch, no clock of its own.  Times are seconds of the injected
 clock, durations milliseconds.
@@ -51,6 +52,7 @@ class Limits:
         max_step_ms: A step of interactive and batch work is planned to take no longer.
         deadline_fraction: No step is planned to take more of the tightest deadline.
         deadline_memory_s: How long a tight deadline is remembered.
+        probe_s: After so long without any work of a kind, one request of it is not refused.
         ageing_ms: The farthest that a deadline counts.
         floor_share: Tokens a waiting class is owed, as a share of all tokens.
         tenant_weights: Share of a tenant within a class, 1 if not named.
@@ -62,6 +64,7 @@ class Limits:
     max_step_ms: float = 50.0  # what a stream request waits at worst behind a batch step
     deadline_fraction: float = 0.25  # step <= SLO / 4 (facts: between SLO / 3 and SLO / 5)
     deadline_memory_s: float = 10.0
+    probe_s: float = 1.0
     ageing_ms: float = 60_000.0
     floor_share: Mapping[ServiceClass, float] = field(
         default_factory=lambda: {ServiceClass.INTERACTIVE: 0.2, ServiceClass.BATCH: 0.1}
@@ -80,6 +83,7 @@ class Job:
         arrived: Receipt, seconds.
         future: Receives the answer; cancelling it takes the job out of the queue.
         model: What will run it; the scheduler only carries it.
+        is_probe: Whether it runs although it seems too late, for the cost model to learn.
         next_piece: First piece not yet in any step.
         num_done: Pieces whose step has finished.
     """
@@ -89,6 +93,7 @@ class Job:
     arrived: float
     future: "asyncio.Future[InferResponse]"
     model: Any = None
+    is_probe: bool = False
     next_piece: int = 0
     num_done: int = 0
     tokens_left: int = field(init=False)
@@ -186,6 +191,7 @@ class Scheduler:
         self._per_tenant: Counter[str] = Counter()
         self._tightest = dict.fromkeys(PRECEDENCE, (np.inf, -np.inf))  # deadline_ms, seen at
         self._wake = asyncio.Event()
+        self._last_run_s: dict[str, float] = {}  # admitted or finished, by cost key
         self._running: list[Step] = []
         self._is_closed = False
 
@@ -224,12 +230,15 @@ class Scheduler:
         if request.deadline_ms <= self._recent_ms(each):  # also if it is refused: the next may fit
             self._tightest[each] = (request.deadline_ms, self._clock())
         finish_ms = self._finish_ms((*self._jobs_before(job), job), request.deadline_ms)
-        if not self.is_idle and finish_ms > request.deadline_ms:
+        last_s = self._last_run_s.get(job.cost_key, -np.inf)
+        job.is_probe = self._clock() - last_s > self._limits.probe_s
+        if not (self.is_idle or job.is_probe) and finish_ms > request.deadline_ms:
             message = (
                 f"request {request.request_id}: needs about {finish_ms:.0f} ms behind what "
                 f"waits, its deadline is {request.deadline_ms:.0f} ms; allow more or send less"
             )
             raise DeadlineExceededError(message)
+        self._last_run_s[job.cost_key] = self._clock()
         self._shares[each].enter(request.tenant)
         insort(self._queues[each], job, key=self._rank)
         self._per_tenant[request.tenant] += 1
@@ -266,6 +275,7 @@ class Scheduler:
             self._cost.observe(count_tokens(step), elapsed_ms)
         for part in step:
             part.job.num_done += part.last - part.first
+            self._last_run_s[part.job.cost_key] = self._clock()
 
     def close(self) -> None:
         """Fail everything that waits and accept nothing more."""
@@ -370,7 +380,8 @@ class Scheduler:
     def _drop_hopeless(self) -> None:
         now = self._clock()
         for job in [job for queue in self._queues.values() for job in queue]:
-            needed_ms = self._work_ms(job) if self.num_waiting > 1 else 0.0
+            is_sure = self.num_waiting > 1 and not job.is_probe
+            needed_ms = self._work_ms(job) if is_sure else 0.0
             left_ms = (job.deadline - now) * 1e3
             if job.future.done():
                 self._discard(job)

@@ -118,6 +118,21 @@ def test_an_idle_scheduler_tries_even_what_it_believes_hopeless() -> None:
     in_loop(scenario)
 
 
+def test_now_and_then_one_request_is_tried_that_seems_hopeless() -> None:
+    """A kind that is refused altogether would never correct a wrong prediction."""
+
+    def scenario() -> None:
+        bench = Bench()
+        bench.add([100] * 10)
+        bench.now += LIMITS.probe_s + 0.01
+        probe = bench.add([100], ServiceClass.BATCH, deadline_ms=60.0)
+        with pytest.raises(DeadlineExceededError):
+            bench.add([100], ServiceClass.BATCH, deadline_ms=60.0)
+        assert probe.is_probe
+
+    in_loop(scenario)
+
+
 def test_expired_job_is_dropped_with_a_deadline_error() -> None:
     def scenario() -> None:
         bench = Bench()
