@@ -9,6 +9,7 @@ Each runs the step of our engine (``cluster.step``), so only the policy differs.
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from ray import serve
 
 from cluster.admission import admit
-from cluster.loading import LoadedModel, ModelSource
+from cluster.loading import LoadedModel, ModelSource, apart
 from cluster.scheduler import Job, Slice
 from cluster.schemas import InferRequest, InferResponse, Timings
 from cluster.step import Answer, offsets
@@ -73,7 +74,7 @@ class FifoReplica:
 
     def __init__(self, source: ModelSource, torch_threads: int) -> None:
         torch.set_num_threads(torch_threads)
-        self._runner = _Runner(source.load(source.aliases().stable))
+        self._runner = _Runner(apart(partial(source.load, source.aliases().stable)))
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Answer one request."""
@@ -93,7 +94,7 @@ class TokensReplica:
 
     def __init__(self, source: ModelSource, torch_threads: int) -> None:
         torch.set_num_threads(torch_threads)
-        self._runner = _Runner(source.load(source.aliases().stable))
+        self._runner = _Runner(apart(partial(source.load, source.aliases().stable)))
 
     @serve.batch(
         max_batch_size=MAX_BATCH_TOKENS,

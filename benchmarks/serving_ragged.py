@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.serving_load import Backlog, Outcome, fraud_requests, open_loop, token_request
 from benchmarks.serving_peers import PaddedBatcher
-from benchmarks.serving_rig import Rig, make_model
+from benchmarks.serving_rig import Rig
 from benchmarks.workload import CHUNK_TOKENS
 from cluster.client import Client
 from cluster.engine import Engine
@@ -55,7 +55,7 @@ def run_goodput(rig: Rig) -> dict[str, Any]:
     """Return answers per second within the deadline, by offered load and system."""
 
     async def run() -> dict[str, Any]:
-        model, seconds = make_model(rig.preset, rig.device), max(4.0, rig.seconds / 2)
+        model, seconds = rig.make_model(), max(4.0, rig.seconds / 2)
         engine, padded = Engine(model), PaddedBatcher(model)
         engine.start()
         await engine.warm_up()
@@ -109,7 +109,7 @@ def run_lengths(rig: Rig) -> dict[str, Any]:
         return sum(lengths) / (loop.time() - began)
 
     async def run() -> dict[str, Any]:
-        model = make_model(rig.preset, rig.device)
+        model = rig.make_model()
         engine, padded = Engine(model), PaddedBatcher(model)
         engine.start()
         await engine.warm_up()
@@ -135,7 +135,7 @@ def run_long(rig: Rig) -> dict[str, Any]:
     """Return the stream's p99 alone and while a very long sequence is in flight."""
 
     async def run() -> dict[str, Any]:
-        engine = Engine(make_model(rig.preset, rig.device))
+        engine = Engine(rig.make_model())
         engine.start()
         await engine.warm_up()
         patient = fraud_requests(100, PATIENT_MS)

@@ -51,16 +51,17 @@ def make_model(preset: str, device: str, version: str = "random-1") -> LoadedMod
 
 @contextmanager
 def deployed(
-    replica: type, source: ModelSource, *, threads: int, gpus: float, name: str = "peer"
+    replica: type, source: ModelSource, *, replicas: int = 1, gpus: float, name: str = "peer"
 ) -> Iterator[Client]:
     """Serve a replica class as an application and yield a client of it that never retries."""
     deployment: Any = serve.deployment(
         name=name,
+        num_replicas=replicas,
         max_ongoing_requests=4096,
         ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
         health_check_timeout_s=600.0,
     )(replica)
-    handle: Any = serve.run(deployment.bind(source, threads), name=name, route_prefix=None)
+    handle: Any = serve.run(deployment.bind(source, 1), name=name, route_prefix=None)
     if not handle.is_initialized:
         handle._init(_run_router_in_separate_loop=True)
     try:
@@ -86,8 +87,8 @@ class Rig:
     rounds: int
 
     @property
-    def threads(self) -> int:
-        """Threads of the shared model."""
+    def replicas(self) -> int:
+        """Replicas of the shared model: one thread each, one for each core or for the GPU."""
         return len(os.sched_getaffinity(0)) if self.device == "cpu" else 1
 
     @property
@@ -99,6 +100,11 @@ class Rig:
     def source(self) -> OneModel:
         """Where replicas get the model."""
         return OneModel(partial(make_model, self.preset, self.device))
+
+    def make_model(self) -> LoadedModel:
+        """Return a model for this process, which computes with one thread as a replica does."""
+        torch.set_num_threads(1)
+        return make_model(self.preset, self.device)
 
     def say(self, text: str) -> None:
         """Tell how far the run is."""
@@ -117,7 +123,7 @@ class Rig:
     @contextmanager
     def one(self, replica: type) -> Iterator[Doors]:
         """One deployment for both."""
-        with deployed(replica, self.source, threads=self.threads, gpus=self.gpus) as client:
+        with deployed(replica, self.source, replicas=self.replicas, gpus=self.gpus) as client:
             yield Doors(client, client)
 
     @contextmanager
@@ -128,10 +134,8 @@ class Rig:
 
     @contextmanager
     def two(self) -> Iterator[Doors]:
-        """A deployment each, sharing the machine: half of the threads or of the GPU each."""
-        threads, gpus = max(1, self.threads // 2), self.gpus / 2
-        with (
-            deployed(FifoReplica, self.source, threads=threads, gpus=gpus, name="s") as stream,
-            deployed(FifoReplica, self.source, threads=threads, gpus=gpus, name="b") as batch,
-        ):
+        """A deployment each, sharing the machine: half of the cores or of the GPU each."""
+        replicas, gpus = max(1, self.replicas // 2), self.gpus / 2
+        half = partial(deployed, FifoReplica, self.source, replicas=replicas, gpus=gpus)
+        with half(name="s") as stream, half(name="b") as batch:
             yield Doors(stream, batch)

@@ -62,7 +62,7 @@ def run_versions(rig: Rig) -> dict[str, Any]:
     with TemporaryDirectory(prefix="trimoe-versions-") as folder:
         registry = copies(Path(folder))
         source = RegistrySource(registry, rig.device)
-        with deployed(CoreReplica, source, threads=1, gpus=rig.gpus) as client:
+        with deployed(CoreReplica, source, gpus=rig.gpus) as client:
             patient = fraud_requests(ROWS, 60_000.0)
             asyncio.run(capacity(client, lambda: next(patient), depth=2, seconds=3.0))
             requests = fraud_requests(ROWS, DEADLINE_MS)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ray import serve
 from cluster.engine import Engine
 from cluster.errors import TrimoeError, UnavailableError
 from cluster.handle import CORE_NAME
-from cluster.loading import ModelSource
+from cluster.loading import ModelSource, apart
 from cluster.ray_metrics import RayRecorder
 from cluster.schemas import InferRequest, InferResponse
 from cluster.tracing import trace_answer
@@ -36,7 +37,8 @@ class CoreReplica:
         torch.set_num_threads(torch_threads)
         self._source = source
         aliases = source.aliases()
-        self._engine = Engine(source.load(aliases.stable), recorder=RayRecorder())
+        model = apart(partial(source.load, aliases.stable))
+        self._engine = Engine(model, recorder=RayRecorder())
         self._engine.start()
         loop = asyncio.get_running_loop()
         self._warm_up = loop.create_task(self._engine.warm_up())

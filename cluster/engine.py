@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -24,7 +25,7 @@ import numpy as np
 from cluster.admission import admit
 from cluster.cost import CostModel
 from cluster.errors import TrimoeError, UnavailableError
-from cluster.loading import LoadedModel
+from cluster.loading import LoadedModel, apart
 from cluster.pending import PendingRequests
 from cluster.recorder import NullRecorder, Recorder
 from cluster.scheduler import Job, Limits, Scheduler, Step, count_tokens
@@ -127,7 +128,7 @@ class Engine:
         """
         for version in aliases.versions:
             if version not in self._models:
-                self._models[version] = await asyncio.to_thread(load, version)
+                self._models[version] = await asyncio.to_thread(apart, partial(load, version))
                 try:
                     await self.warm_up(version)
                 except TrimoeError:
@@ -329,7 +330,9 @@ class Engine:
                 for part, answers in pending.runner.collect(pending).items()
             ]
 
-        waiting = asyncio.get_running_loop().run_in_executor(self._collector, collect)
+        is_later = any(pending.done is not None for pending in pendings)
+        executor = self._collector if is_later else self._launcher  # see cluster.loading.apart
+        waiting = asyncio.get_running_loop().run_in_executor(executor, collect)
         await asyncio.wait([waiting])
         if (error := waiting.exception()) is not None:
             return error

@@ -1,6 +1,7 @@
 """From a registry to something that runs steps: the one place that loads weights."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -84,6 +85,17 @@ class OneModel:
         if self._made is None:
             self._made = self.make()
         return self._made
+
+
+def apart(load: Callable[[], LoadedModel]) -> LoadedModel:
+    """Load in a thread that ends then, and takes its OpenMP team with it.
+
+    Each thread that computes gets a team of its own; as soon as there are more team threads
+    than cores, GNU's OpenMP stops spinning in all of them and a CPU step takes twice as long
+    (docs/log.md#teams).  So only the thread of the steps may have a team that stays.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="load") as loader:
+        return loader.submit(load).result()
 
 
 def load_checkpoint(path: Path, device: str = "cpu") -> LoadedModel:
