@@ -12,7 +12,7 @@ from cluster.schemas import InferRequest, ServiceClass
 STREAM_ROWS = 100  # transactions of a stream request
 SATURATING = 32  # requests in flight: with fewer, steps stay small and the capacity seems lower
 STREAM_SHARE = 0.6  # of the stream-only capacity
-STREAM_DEADLINE_MS = 240.0  # ours plans its steps by it, and refuses what would be later
+STREAM_DEADLINE_MS = 400.0  # ours plans its steps by it, and refuses what would be later
 PATIENT_MS = 120_000.0
 BATCH_LENGTHS = (512,) * 8  # tokens of the sequences of a batch request
 BATCH_DEPTH = 4

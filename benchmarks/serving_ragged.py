@@ -24,6 +24,7 @@ LOADS = (0.4, 0.6, 0.8, 1.0, 1.25, 1.5)  # of the padded batcher's own capacity
 WIDE = (8, 8192)  # tokens of the throughput comparison
 NUM_WIDE = 64
 LONG_TOKENS = 65_536
+DEADLINE_LONG_MS = 100.0  # of the stream beside the long sequence
 PATIENT_MS = 600_000.0
 
 
@@ -143,7 +144,7 @@ def run_long(rig: Rig) -> dict[str, Any]:
         await asyncio.sleep(rig.seconds / 2)
         rate = 0.5 * len(backlog.done) / (rig.seconds / 2)
         await backlog.stop()
-        requests, alone, beside = fraud_requests(100, 100.0), Outcome(), Outcome()
+        requests, alone, beside = fraud_requests(100, DEADLINE_LONG_MS), Outcome(), Outcome()
         finished, numbers = 0, count()
         for _ in range(rig.rounds):
             part = await open_loop(engine, requests, rate, rig.seconds)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 NUM_COLUMNS = 32
 WINDOW = 256
 NUM_GLOBAL = 16
-CHUNK_TOKENS = 2048  # eight windows: a ninth of a chunk's queries is computed twice
+CHUNK_TOKENS = 1024  # four windows: a fifth of a chunk's queries is computed twice
 MAX_TOKENS = 131_072
 
 

@@ -201,15 +201,18 @@ class Engine:
             return np.inf
         return 0.0 if self._scheduler.is_idle else self._clock() - self._heartbeat
 
-    async def _answer(self, request: InferRequest, version: str) -> InferResponse:
+    async def _answer(
+        self, request: InferRequest, version: str, *, is_spare: bool = False
+    ) -> InferResponse:
         model = self._models[version]
         work = admit(request, model.runner.tasks, model.runner.num_layers)
         future: asyncio.Future[InferResponse] = asyncio.get_running_loop().create_future()
-        self._scheduler.submit(Job(request, work, self._clock(), future, model))
+        job = Job(request, work, self._clock(), future, model, is_spare=is_spare)
+        self._scheduler.submit(job)
         return await future
 
     async def _ask_shadow(self, request: InferRequest, response: InferResponse) -> None:
-        """Ask the version on trial the same, behind everything else, and compare."""
+        """Ask the version on trial the same in spare time, and compare."""
         version = self.aliases.shadow
         if version is None or version not in self._models:
             return
@@ -220,7 +223,7 @@ class Engine:
             deadline_ms=SHADOW_DEADLINE_MS,
         )
         try:
-            shadow = await self._answer(copy, version)
+            shadow = await self._answer(copy, version, is_spare=True)
         except UnavailableError:
             return  # no room for it: a shadow never costs the others anything
         spec = self._models[version].runner.tasks[request.task]

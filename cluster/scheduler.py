@@ -18,14 +18,18 @@ Rules:
        when nothing else waits, or none of its kind has run for ``probe_s``: the cost model must
        be able to learn that it was wrong.
 
+    8. Spare work, such as a shadow's, runs in steps of its own, only when nothing else waits,
+       and for no more than ``spare_share`` of the time: so rarely that nobody's p99 sees it.
+
 Pure asyncio: no ray, no torch, no clock of its own.  Times are seconds of the injected
 clock, durations milliseconds.
 """
 
 import asyncio
 from bisect import insort
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +58,8 @@ class Limits:
         deadline_memory_s: How long a tight deadline is remembered.
         probe_s: After so long without any work of a kind, one request of it is not refused.
         ageing_ms: The farthest that a deadline counts.
+        spare_share: Share of the time that spare work may take.
+        spare_queue: Spare requests that may wait.
         floor_share: Tokens a waiting class is owed, as a share of all tokens.
         tenant_weights: Share of a tenant within a class, 1 if not named.
         tenant_lead_ms: Work by which a tenant may be ahead of its share before it yields.
@@ -61,11 +67,15 @@ class Limits:
 
     queue_per_tenant: int = 256
     tokens_per_tenant: int = 4_000_000
-    max_step_ms: float = 50.0  # what a stream request waits at worst behind a batch step
+    max_step_ms: float = (
+        150.0  # what the first stream request waits at worst; later ones are expected
+    )
     deadline_fraction: float = 0.25  # step <= SLO / 4 (facts: between SLO / 3 and SLO / 5)
     deadline_memory_s: float = 10.0
     probe_s: float = 1.0
     ageing_ms: float = 60_000.0
+    spare_share: float = 0.01
+    spare_queue: int = 64
     floor_share: Mapping[ServiceClass, float] = field(
         default_factory=lambda: {ServiceClass.INTERACTIVE: 0.2, ServiceClass.BATCH: 0.1}
     )
@@ -83,6 +93,7 @@ class Job:
         arrived: Receipt, seconds.
         future: Receives the answer; cancelling it takes the job out of the queue.
         model: What will run it; the scheduler only carries it.
+        is_spare: Whether it may take no time that anybody would notice.
         is_probe: Whether it runs although it seems too late, for the cost model to learn.
         next_piece: First piece not yet in any step.
         num_done: Pieces whose step has finished.
@@ -93,6 +104,7 @@ class Job:
     arrived: float
     future: "asyncio.Future[InferResponse]"
     model: Any = None
+    is_spare: bool = False
     is_probe: bool = False
     next_piece: int = 0
     num_done: int = 0
@@ -191,6 +203,8 @@ class Scheduler:
         self._per_tenant: Counter[str] = Counter()
         self._tightest = dict.fromkeys(PRECEDENCE, (np.inf, -np.inf))  # deadline_ms, seen at
         self._wake = asyncio.Event()
+        self._spare: deque[Job] = deque()
+        self._spare_from = -np.inf  # when spare work may run again, seconds
         self._last_run_s: dict[str, float] = {}  # admitted or finished, by cost key
         self._running: list[Step] = []
         self._is_closed = False
@@ -225,6 +239,9 @@ class Scheduler:
         """
         if self._is_closed:
             raise UnavailableError(CLOSED)
+        if job.is_spare:
+            self._submit_spare(job)
+            return
         request, each = job.request, job.request.service_class
         self._check_queue(job)
         if request.deadline_ms <= self._recent_ms(each):  # also if it is refused: the next may fit
@@ -247,9 +264,11 @@ class Scheduler:
 
     async def next_step(self) -> Step:
         """Return the next step, waiting until there is one; empty once closed."""
-        while not (step := self.plan()) and not self._is_closed:
+        while not (step := self.plan() or self._plan_spare()) and not self._is_closed:
             self._wake.clear()
-            await self._wake.wait()
+            pause_s = max(self._spare_from - self._clock(), 0.0) if self._spare else None
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), pause_s)
         return step
 
     def plan(self) -> Step:
@@ -281,9 +300,39 @@ class Scheduler:
         """Fail everything that waits and accept nothing more."""
         self._is_closed = True
         self._wake.set()
+        for job in self._spare:
+            _fail(job, UnavailableError(CLOSED))
         for job in [job for queue in self._queues.values() for job in queue]:
             _fail(job, UnavailableError(CLOSED))
             self._discard(job)
+
+    def _submit_spare(self, job: Job) -> None:
+        if len(self._spare) >= self._limits.spare_queue:
+            message = f"expected at most {self._limits.spare_queue} spare requests, got one more"
+            raise QueueFullError(message)
+        self._spare.append(job)
+        self._wake.set()
+
+    def _plan_spare(self) -> Step:
+        """Fill a step with spare work if it is time for some; empty if not."""
+        now = self._clock()
+        if self._running or now < self._spare_from:
+            return []
+        plan = _Plan(self._cost)
+        room_ms = max(self._cost.step_ms, MIN_ROOM_MS)
+        while self._spare:
+            job = self._spare[0]
+            if not (job.future.done() or job.deadline <= now):
+                plan.take(job, room_ms, np.inf)
+                if not job.is_planned:
+                    break
+            self._spare.popleft()
+        step = [Slice(job, first, last) for job, (first, last) in plan.spans.items()]
+        if step:
+            took_s = self._cost.predict_ms(count_tokens(step)) / 1e3
+            self._spare_from = now + took_s / self._limits.spare_share
+            self._running.append(step)
+        return step
 
     def _check_queue(self, job: Job) -> None:
         tenant, limits = job.request.tenant, self._limits

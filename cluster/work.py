@@ -12,6 +12,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+ENTRY_SHARE = 1 / 8  # of a layer: what a chunk costs below the first one, its projections alone
+
 
 @dataclass(frozen=True, eq=False)
 class Work:
@@ -42,10 +44,15 @@ class Work:
         if chunk_tokens == 0 or tokens.max(initial=0) <= chunk_tokens:
             return cls.whole(tokens)
         chunks = -(-tokens // chunk_tokens)
-        counts = np.where(tokens > chunk_tokens, chunks * (num_layers + 1), 1)
+        is_cut = tokens > chunk_tokens
+        counts = np.where(is_cut, chunks * (num_layers + 1), 1)
+        layers = np.where(is_cut, chunks * (num_layers + ENTRY_SHARE), 1.0)  # work, in pieces
+        per_piece = np.repeat(tokens / layers, counts)
+        place = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        is_entry = np.repeat(is_cut, counts) & (place < np.repeat(chunks, counts))
+        pieces = np.where(is_entry, ENTRY_SHARE * per_piece, per_piece)
         return cls(
-            np.repeat(np.maximum(tokens // counts, 1), counts),
-            np.repeat(np.arange(tokens.size), counts),
+            np.maximum(pieces.astype(np.int64), 1), np.repeat(np.arange(tokens.size), counts)
         )
 
     @property

@@ -32,6 +32,8 @@ class Bench:
         service_class: ServiceClass = ServiceClass.STREAM,
         deadline_ms: float = 10_000.0,
         tenant: str = "t",
+        *,
+        is_spare: bool = False,
     ) -> Job:
         self.count += 1
         request = InferRequest(
@@ -44,7 +46,8 @@ class Bench:
             deadline_ms=deadline_ms,
         )
         future: asyncio.Future[InferResponse] = asyncio.get_running_loop().create_future()
-        job = Job(request, Work.whole(np.array(tokens, dtype=np.int64)), self.now, future)
+        work = Work.whole(np.array(tokens, dtype=np.int64))
+        job = Job(request, work, self.now, future, is_spare=is_spare)
         self.scheduler.submit(job)
         return job
 

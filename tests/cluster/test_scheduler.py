@@ -1,6 +1,7 @@
 """Order, budget, shares, refusal and cancellation of the scheduler, in injected time."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -131,6 +132,28 @@ def test_now_and_then_one_request_is_tried_that_seems_hopeless() -> None:
         assert probe.is_probe
 
     in_loop(scenario)
+
+
+def test_spare_work_runs_when_nothing_else_waits_and_rarely() -> None:
+    async def scenario() -> None:
+        bench = Bench(replace(LIMITS, spare_share=0.01, spare_queue=2))
+        first, second = (bench.add([5], is_spare=True) for _ in range(2))
+        with pytest.raises(QueueFullError, match="at most 2 spare"):
+            bench.add([5], is_spare=True)
+        bench.add([10])
+        assert ids(bench.step()) == ["r4"]  # nobody waits behind spare work
+        step = await bench.scheduler.next_step()
+        assert ids(step) == [first.request.request_id, second.request.request_id]
+        bench.scheduler.finish(step, 2.0)  # of 1 ms and 10 tokens: 2 ms
+        third = bench.add([5], is_spare=True)
+        waiting = asyncio.create_task(bench.scheduler.next_step())
+        bench.now += 0.19
+        await asyncio.sleep(0.25)
+        assert not waiting.done()
+        bench.now += 0.02
+        assert ids(await waiting) == [third.request.request_id]
+
+    asyncio.run(scenario())
 
 
 def test_expired_job_is_dropped_with_a_deadline_error() -> None:
