@@ -45,9 +45,16 @@ class CoreReplica:
         self._following = loop.create_task(self._follow(aliases))
         self._trouble = ""
 
-    async def infer(self, request: InferRequest) -> InferResponse:
-        """Answer one request (see ``cluster.client.Client``)."""
-        response = await self._engine.infer(request)
+    async def infer(self, request: InferRequest) -> InferResponse | TrimoeError:
+        """Answer one request, or return why not; ``HandleClient`` raises that.
+
+        A refusal that is raised costs Ray and Serve a formatted traceback and a line in the
+        log, more than many an answer: an overloaded replica would be busy refusing.
+        """
+        try:
+            response = await self._engine.infer(request)
+        except TrimoeError as error:
+            return error.with_traceback(None)
         trace_answer(request, response)
         return response
 

@@ -60,7 +60,16 @@ class UnavailableError(TrimoeError):
 
 
 class DeadlineExceededError(UnavailableError):
-    """The deadline has passed, or the predicted finish lies behind it."""
+    """The deadline has passed, or the predicted finish lies behind it.
+
+    Args:
+        message: One line.
+        retry_after_s: Seconds until the same request would fit, as predicted; 0 if unknown.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class QueueFullError(UnavailableError):

@@ -8,8 +8,14 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from cluster.errors import QueueFullError, ReplicaLostError, TrimoeError, UnavailableError
-from cluster.retry import RetryPolicy
+from cluster.errors import (
+    DeadlineExceededError,
+    QueueFullError,
+    ReplicaLostError,
+    TrimoeError,
+    UnavailableError,
+)
+from cluster.retry import RecentRefusals, RetryPolicy
 from cluster.schemas import InferRequest, InferResponse
 
 APP_NAME: Final = "trimoe"
@@ -29,12 +35,14 @@ class HandleClient:
     def __init__(self, handle: DeploymentHandle[Any], retry: RetryPolicy | None = None) -> None:
         self._handle = handle
         self._retry = retry or RETRY
+        self._refusals = RecentRefusals()
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Answer one request (see ``cluster.client.Client``)."""
         return await self._retry.send(request, self._attempt)
 
     async def _attempt(self, request: InferRequest) -> InferResponse:
+        self._refusals.check(request)
         try:
             if _num_bytes(request) > OBJECT_STORE_BYTES:
                 by_reference = self._handle.options(_by_reference=True)
@@ -45,6 +53,10 @@ class HandleClient:
             raise translate(error) from None
         except (RayError, RayServeException) as error:
             raise translate(error) from error
+        if isinstance(response, DeadlineExceededError):
+            self._refusals.note(request, response)
+        if isinstance(response, TrimoeError):
+            raise response
         if not isinstance(response, InferResponse):
             message = f"replica: expected an InferResponse, got {type(response).__name__}"
             raise UnavailableError(message)

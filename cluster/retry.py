@@ -16,7 +16,49 @@ from cluster.schemas import InferRequest, InferResponse, ServiceClass
 # The router may send the second to the same replica, and looks for others meanwhile.
 MAX_BESIDE = 3
 
+MAX_HOLD_S = 0.1  # a refusal is believed no longer: other replicas may have room
+
 Attempt = Callable[[InferRequest], Awaitable[InferResponse]]
+
+
+class RecentRefusals:
+    """What was just refused for its deadline, so that the like is not sent to be refused too.
+
+    A refusal says when the queue will have drained far enough.  Until then the caller is told
+    at once; an overloaded replica would otherwise spend its time on receiving and refusing.
+
+    Args:
+        clock: Returns now, seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._found: dict[tuple[str, ServiceClass], tuple[float, float]] = {}
+
+    def check(self, request: InferRequest) -> None:
+        """Pass a request that may be sent.
+
+        Raises:
+            DeadlineExceededError: One like it, with as much time, was just refused.
+        """
+        until_s, deadline_ms = self._found.get(_kind_of(request), (0.0, 0.0))
+        wait_s = until_s - self._clock()
+        if wait_s > 0 and request.deadline_ms <= deadline_ms:
+            message = (
+                f"request {request.request_id}: expected room within {request.deadline_ms:.0f} ms, "
+                f"one like it was just refused; send less, or again in {wait_s * 1e3:.0f} ms"
+            )
+            raise DeadlineExceededError(message, wait_s)
+
+    def note(self, request: InferRequest, error: DeadlineExceededError) -> None:
+        """Remember a refusal."""
+        if error.retry_after_s > 0:
+            until_s = self._clock() + min(error.retry_after_s, MAX_HOLD_S)
+            self._found[_kind_of(request)] = until_s, request.deadline_ms
+
+
+def _kind_of(request: InferRequest) -> tuple[str, ServiceClass]:
+    return request.task, request.service_class
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from cluster.errors import (
     ReplicaLostError,
     TrimoeError,
 )
-from cluster.retry import RetryPolicy
+from cluster.retry import RecentRefusals, RetryPolicy
 from cluster.schemas import InferRequest, InferResponse, ServiceClass
 
 ANSWER = cast("InferResponse", object())
@@ -155,3 +155,20 @@ def test_a_quick_failure_is_no_silence(make_request: Make) -> None:
     replica = SilentReplica(0, ReplicaLostError("died"))
     assert replica.send(make_request()) is ANSWER
     assert len(replica.asked) == 2
+
+
+def test_what_was_just_refused_is_not_sent_again_for_as_long_as_the_refusal_said(
+    make_request: Make,
+) -> None:
+    now = 10.0
+    refusals = RecentRefusals(lambda: now)
+    request = make_request(deadline_ms=50.0)
+    refusals.note(request, DeadlineExceededError("needs 80 ms", 0.03))
+    with pytest.raises(DeadlineExceededError, match="again in 30 ms"):
+        refusals.check(request)
+    refusals.check(make_request(deadline_ms=60.0))  # has more time
+    refusals.check(make_request(deadline_ms=50.0, service_class=ServiceClass.INTERACTIVE))
+    now += 0.031
+    refusals.check(request)
+    refusals.note(request, DeadlineExceededError("passed"))  # says nothing of the queue
+    refusals.check(request)
