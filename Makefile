@@ -24,8 +24,12 @@ demo: setup
 	@$(BIN)/trimoe demo $(if $(JSON),--json "$(JSON)")
 	echo "demo took $$SECONDS s"
 
+# A Ray of several nodes wants a process that has had no other Ray: its start may hang there.
+CLUSTERS := tests/system/test_cluster.py tests/system/test_lost_node.py
+
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(addprefix --ignore=,$(CLUSTERS))
+	for file in $(CLUSTERS); do $(BIN)/python -m pytest "$$file"; done
 	echo "tests took $$SECONDS s"
 
 check: setup
