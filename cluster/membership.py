@@ -21,8 +21,13 @@ _ADDRESS = re.compile(r"(?:ray://)?(?P<host>[^/]+):(?P<port>\d+)")
 
 
 def choose_address(given: str | None) -> str | None:
-    """Return the cluster to join: what was given, else RAY_ADDRESS, else None for none."""
-    return given or os.environ.get("RAY_ADDRESS") or None
+    """Return the cluster to join: what was given, else RAY_ADDRESS, else None for none.
+
+    With "auto", too, RAY_ADDRESS comes first: Ray itself would look for traces of whatever
+    cluster was last started on this machine, be it long gone.
+    """
+    named = os.environ.get("RAY_ADDRESS") or None
+    return (named or given) if given == "auto" else (given or named)
 
 
 def prepare_to_join() -> None:

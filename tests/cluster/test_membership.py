@@ -13,9 +13,11 @@ def test_an_address_that_is_given_comes_before_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert choose_address("auto") == "auto"
+    assert choose_address("10.0.0.2:6379") == "10.0.0.2:6379"
+    assert choose_address("auto") == "10.0.0.1:6379"
     assert choose_address(None) == "10.0.0.1:6379"
     monkeypatch.delenv("RAY_ADDRESS")
+    assert choose_address("auto") == "auto"
     assert choose_address(None) is None
 
 
