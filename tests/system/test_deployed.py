@@ -168,11 +168,14 @@ def head(tmp_path_factory: pytest.TempPathFactory, spans: Spans) -> Iterator[Hea
     options = [f"--port={gcs}", f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1"]
     options += [f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}"]
     options += [f"--ray-client-server-port={client}", "--object-store-memory=100000000"]
-    command = [sys.executable, "-W", "ignore", "-c", RAY, "start", "--head", "--block"]
     with (
         tempfile.TemporaryDirectory(prefix="ray-") as session,  # short, for names of sockets
         (folder / "head.log").open("wb") as log,
     ):
+        environment_link = Path(session) / "venv"
+        environment_link.symlink_to(sys.prefix)  # `ray start` fails below a path with a space
+        python = str(environment_link / "bin" / "python")
+        command = [python, "-W", "ignore", "-c", RAY, "start", "--head", "--block"]
         process = subprocess.Popen(
             [*command, "--num-cpus=2", f"--temp-dir={session}", *options],
             env={k: v for k, v in environment.items() if k != "RAY_ADDRESS"},
