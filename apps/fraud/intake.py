@@ -1,7 +1,8 @@
 """From polled records to events in time order, labels in the state, and rejections."""
 
+import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from apps.fraud.stages import StageClock
 from apps.fraud.stream import Record, Stream, TopicPartition
 from apps.fraud.transaction import DecodeError, Transaction, TransactionSchema
 
+logger = logging.getLogger(__name__)
+
 _MAX_BUFFERED = 20_000  # records of one partition that wait for the others, before it is held
 _MAX_ADVANCE = 4096  # events per call of the state when few of them need an answer
 _SHORT_POLL_S = 0.005  # while records wait for their turn
@@ -33,10 +36,10 @@ class Arrival(NamedTuple):
 
 
 class Polled(NamedTuple):
-    """One poll: runs of records, and the partitions known to hold more."""
+    """One poll: runs of records, and as of when which partitions are read to their end."""
 
     runs: Sequence[Sequence[Record]]
-    behind: frozenset[TopicPartition]
+    caught_up_at: Mapping[TopicPartition, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ class Intake:
         self._rejections: list[Rejection] = []
         self._labels = settings.topics.labels
         self._partitions = tuple(start.positions)
-        self._behind = frozenset(start.positions)  # until the first poll says otherwise
+        self._caught_up_at: Mapping[TopicPartition, int] = {}
         self._merge = EventTimeMerge[Arrival](
             (tp.partition for tp in start.positions if tp.topic == settings.topics.transactions),
             settings.reorder_wait_ms,
@@ -86,24 +89,25 @@ class Intake:
         )
         self._ready: deque[Arrival] = deque()
         self._released_at_ms = 0
-        self._poll_starts: deque[int] = deque(maxlen=2)
+        self._warn_at = 1  # late ones; doubles
         self.num_inputs = 0
 
-    def poll(self, stream: Stream, now_ms: int) -> Polled:
+    def poll(self, stream: Stream) -> Polled:
         """Read what is there; blocks for a short time, and touches no state."""
-        self._poll_starts.append(now_ms)
-        topic = self._settings.topics.transactions
-        if any(tp.topic == self._labels for tp in self._behind):  # labels come first
-            held = [tp for tp in self._partitions if tp.topic == topic]
-        else:
-            held = [TopicPartition(topic, p) for p in self._merge.paused()]
+        topics = self._settings.topics
+        labels = [tp for tp in self._partitions if tp.topic == topics.labels]
+        if all(tp in self._caught_up_at for tp in labels):
+            held = [TopicPartition(topics.transactions, p) for p in self._merge.paused()]
+        else:  # labels come first
+            held = [tp for tp in self._partitions if tp.topic == topics.transactions]
         stream.pause(held)
         runs = stream.poll(self._wait_s())
-        return Polled(runs, frozenset(tp for tp in self._partitions if stream.has_more(tp)))
+        found = {tp: stream.caught_up_at(tp) for tp in self._partitions}
+        return Polled(runs, {tp: at_ms for tp, at_ms in found.items() if at_ms is not None})
 
     def take(self, polled: Polled) -> None:
         """Decode records: labels go into the state, transactions wait for their turn."""
-        self._behind = polled.behind
+        self._caught_up_at = polled.caught_up_at
         for run in polled.runs:
             tp = TopicPartition(run[0].topic, run[0].partition)
             if tp.topic == self._labels:
@@ -178,19 +182,27 @@ class Intake:
         is_full = self._merge.num_buffered >= self._settings.max_request_size
         if is_full or not 0 <= waited_ms < self.pace.gap_ms:  # clocks may step back
             self._released_at_ms = now_ms
-            caught_up = {
-                tp.partition: tp not in self._behind
-                for tp in self._partitions
-                if tp.topic != self._labels
-            }
             with self._stages.measure("merge"):
-                # what a poll returns was asked for no earlier than the poll before it began
-                as_of_ms = min(self._poll_starts, default=0)
-                self._ready.extend(self._merge.ready(as_of_ms, caught_up))
+                self._ready.extend(self._merge.ready(self._transactions_caught_up_at()))
+            self._warn_of_late()
         while self._ready:
             yield self._next_step()
         if self._rejections:
             yield self._take_rejections(Step())
+
+    def _transactions_caught_up_at(self) -> dict[int, int]:
+        topic = self._settings.topics.transactions
+        return {tp.partition: at for tp, at in self._caught_up_at.items() if tp.topic == topic}
+
+    def _warn_of_late(self) -> None:
+        if self._merge.num_late >= self._warn_at:
+            self._warn_at = 2 * self._merge.num_late
+            logger.warning(
+                "%d transactions so far came after later ones had been taken in: expected within "
+                "%d ms; a replay may give them other features; see --reorder-wait-ms",
+                self._merge.num_late,
+                self._settings.reorder_wait_ms,
+            )
 
     def _take_rejections(self, step: Step) -> Step:
         step.rejections, self._rejections = self._rejections, []

@@ -46,12 +46,12 @@ class MemoryLog:
         }
         self.commits: dict[tuple[str, TopicPartition], int] = {}
         self.grown = threading.Condition()
-        self._now_ms = now_ms
+        self.now_ms = now_ms
 
     def append(self, message: Outgoing, timestamp_ms: int | None = None) -> MemoryAck:
         """Store a message and wake waiting readers."""
         records = self.records[TopicPartition(message.topic, message.partition)]
-        stamp = self._now_ms() if timestamp_ms is None else timestamp_ms
+        stamp = self.now_ms() if timestamp_ms is None else timestamp_ms
         with self.grown:
             records.append(
                 MemoryRecord(
@@ -129,9 +129,10 @@ class MemoryStream:
                 self._positions[tp] = position + len(run)
         return runs
 
-    def has_more(self, partition: TopicPartition) -> bool:
-        """Tell whether the log is known to hold records behind the position."""
-        return self._positions[partition] < len(self.log.records[partition])
+    def caught_up_at(self, partition: TopicPartition) -> int | None:
+        """Return as of when nothing lay behind the position, in ms since the epoch."""
+        now_ms = self.log.now_ms()
+        return now_ms if self._positions[partition] >= len(self.log.records[partition]) else None
 
     def pause(self, partitions: Sequence[TopicPartition]) -> None:
         """Hold exactly these partitions back."""

@@ -2,8 +2,9 @@
 
 A terminal is used by cards of all partitions, so every worker reads all partitions and takes
 the records in the order of their keys (time, id).  For a backlog this order does not depend
-on how the broker's answers arrive.  At the live end of the topic a record waits for slower
-partitions at most ``reorder_wait_ms`` after the broker's time.
+on how the broker's answers arrive.  At the live end of the topic a record is passed on when every
+other partition was read to its end ``reorder_wait_ms`` after the broker took the record; one that
+enters the log later than that comes out of order, and is counted.
 
 Pure: no Kafka and no clock; both come in as arguments.
 """
@@ -19,6 +20,7 @@ Key = tuple[int, TransactionId]
 Item = TypeVar("Item")
 
 _FIRST = (-1,)  # sorts before every key: times are never negative
+_NEVER = -1
 
 
 class _Waiting(NamedTuple, Generic[Item]):
@@ -34,7 +36,7 @@ class EventTimeMerge(Generic[Item]):
 
     Args:
         partitions: All partitions that are read.
-        reorder_wait_ms: How long, by the broker's time, a record waits for an idle partition.
+        reorder_wait_ms: How much later than a record those before it may enter the log.
         max_buffered: Records of one partition from which on it should be paused.
     """
 
@@ -47,6 +49,8 @@ class EventTimeMerge(Generic[Item]):
         self._empty = set(self._buffers)
         self._reorder_wait_ms = reorder_wait_ms
         self._max_buffered = max_buffered
+        self._released: Key | tuple[int] = _FIRST
+        self.num_late = 0  # records that came after later ones had left
 
     def push(self, partition: int, item: Item, key: Key | None, broker_time_ms: int) -> None:
         """Append a record to its partition; without a key it follows its predecessor.
@@ -62,17 +66,18 @@ class EventTimeMerge(Generic[Item]):
             self._empty.discard(partition)
             heappush(self._heads, (own_key, partition))
 
-    def ready(self, now_ms: int, caught_up: Mapping[int, bool]) -> list[Item]:
+    def ready(self, caught_up_at: Mapping[int, int]) -> list[Item]:
         """Return, and forget, all records whose turn has come.
 
         Args:
-            now_ms: The present, on the broker's clock.
-            caught_up: Partitions of which the broker has no more records than were pushed; one
-                that is left out is not caught up.
+            caught_up_at: Milliseconds by the broker's clock as of which a partition had no more
+                records than were pushed; one that may have more is left out.
         """
         released: list[Item] = []
-        while self._heads and self._may_release(now_ms, caught_up):
-            _, partition = heappop(self._heads)
+        while self._heads and self._may_release(caught_up_at):
+            key, partition = heappop(self._heads)
+            self.num_late += key < self._released
+            self._released = max(key, self._released)
             buffer = self._buffers[partition]
             released.append(buffer.popleft().item)
             if buffer:
@@ -90,10 +95,7 @@ class EventTimeMerge(Generic[Item]):
         """Records that wait for their turn."""
         return sum(map(len, self._buffers.values()))
 
-    def _may_release(self, now_ms: int, caught_up: Mapping[int, bool]) -> bool:
-        if not self._empty:
-            return True
-        if not all(caught_up.get(partition, False) for partition in self._empty):
-            return False
+    def _may_release(self, caught_up_at: Mapping[int, int]) -> bool:
         head = self._buffers[self._heads[0][1]][0]
-        return head.broker_time_ms + self._reorder_wait_ms <= now_ms
+        needed_ms = head.broker_time_ms + self._reorder_wait_ms
+        return all(caught_up_at.get(p, _NEVER) >= needed_ms for p in self._empty)

@@ -124,7 +124,7 @@ class FraudService:
         snapshot_at_s = loop.time() + self.settings.snapshot_period_s
         while not self._stopping:
             with self.stages.measure("poll"):
-                polled = await loop.run_in_executor(thread, intake.poll, self.stream, self.now_ms())
+                polled = await loop.run_in_executor(thread, intake.poll, self.stream)
             intake.take(polled)
             for step in intake.steps(self.now_ms()):
                 if step.features is not None:

@@ -101,8 +101,11 @@ class Stream(Protocol):
         """
         ...
 
-    def has_more(self, partition: TopicPartition) -> bool:
-        """Tell whether the log is known to hold records behind the position."""
+    def caught_up_at(self, partition: TopicPartition) -> int | None:
+        """Return as of when the log held nothing behind the position, in ms since the epoch.
+
+        None while it is known to hold more, or was not asked yet.
+        """
         ...
 
     def pause(self, partitions: Sequence[TopicPartition]) -> None:

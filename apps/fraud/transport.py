@@ -20,6 +20,7 @@ from kafka.consumer.fetcher import ConsumerRecord
 from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata
 
+from apps.fraud.fetches import FetchWatch
 from apps.fraud.stream import Ack, Outgoing, Record, TopicPartition
 from cluster.errors import ConfigurationError
 
@@ -154,6 +155,7 @@ class KafkaStream:
                 f"got {error}; check the address and the TLS/SASL settings"
             )
             raise ConfigurationError(message) from error
+        self._fetches = FetchWatch(self._consumer)
         self._positions: dict[TopicPartition, int] = {}
         self._paused: frozenset[TopicPartition] = frozenset()
         self._lock = threading.Lock()
@@ -223,15 +225,17 @@ class KafkaStream:
             self._positions[TopicPartition(*tp)] = run[-1].offset + 1
         return list(runs.values())
 
-    def has_more(self, partition: TopicPartition) -> bool:
-        """Tell whether the log is known to hold records behind the position."""
-        highwater = self._consumer.highwater(KafkaPartition(*partition))
-        if highwater is None or self._positions[partition] < highwater:
+    def caught_up_at(self, partition: TopicPartition) -> int | None:
+        """Return as of when nothing lay behind the position, in ms since the epoch."""
+        seen = self._fetches.seen(KafkaPartition(*partition))
+        if seen is None:
+            return None
+        if self._positions[partition] < seen.highwater:
             # behind, not fetched yet, or only transaction markers are left
             position = self._consumer.position(KafkaPartition(*partition), timeout_ms=1000)
             if position is not None:
                 self._positions[partition] = position
-        return highwater is None or self._positions[partition] < highwater
+        return seen.asked_ms if self._positions[partition] >= seen.highwater else None
 
     def pause(self, partitions: Sequence[TopicPartition]) -> None:
         """Hold exactly these partitions back."""

@@ -3,7 +3,7 @@
 import base64
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import pandas as pd
@@ -13,7 +13,7 @@ from apps.fraud.brokers import create_topics
 from apps.fraud.launch import check_topics
 from apps.fraud.settings import Topics
 from apps.fraud.simulate import SimulationConfig, simulate
-from apps.fraud.stream import Outgoing, TopicPartition
+from apps.fraud.stream import Outgoing, Record, TopicPartition
 from apps.fraud.transport import KafkaSettings, KafkaStream
 from benchmarks.fraud_kill import Plan, kill_run
 from benchmarks.fraud_parity import Case, check
@@ -73,6 +73,34 @@ def test_a_stream_closes_at_once_with_a_commit_on_its_way(address: str) -> None:
     assert time.monotonic() - begin_s < 5.0
     with closing(KafkaStream(settings)) as reader:
         assert reader.committed(topic) == {0: 5}
+
+
+def test_a_partition_that_is_not_fetched_is_not_taken_for_read(address: str) -> None:
+    """Polls alone do not renew what is known of the end of a partition; an answered fetch does."""
+    topic = f"ends-{time.time_ns()}"
+    create_topics(address, {topic: 2})
+    idle = TopicPartition(topic, 1)
+    with closing(KafkaStream(KafkaSettings(address, topic))) as stream:
+        stream.assign({TopicPartition(topic, 0): 0, idle: 0})
+        _poll_until(stream, lambda: stream.caught_up_at(idle) is not None)
+        stream.pause([idle])
+        _poll_until(stream, lambda: False, patience_s=0.5)  # what was under way is answered
+        sent_ms = time.time_ns() // 1_000_000
+        stream.send(Outgoing(topic, 1, None, b"{}", []))
+        _poll_until(stream, lambda: False, patience_s=0.5)
+        assert (stream.caught_up_at(idle) or 0) < sent_ms
+        stream.pause([])
+        assert len(_poll_until(stream, lambda: (stream.caught_up_at(idle) or 0) >= sent_ms)) == 1
+
+
+def _poll_until(
+    stream: KafkaStream, is_done: Callable[[], bool], patience_s: float = 10.0
+) -> list[Record]:
+    deadline_s = time.monotonic() + patience_s
+    found: list[Record] = []
+    while not is_done() and time.monotonic() < deadline_s:
+        found += [record for run in stream.poll(0.005) for record in run]
+    return found
 
 
 def test_missing_topic_is_one_clear_line(address: str) -> None:

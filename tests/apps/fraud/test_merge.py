@@ -32,9 +32,9 @@ def test_any_interleaving_of_a_backlog_comes_out_sorted_and_whole(
         for _ in range(rng.randint(1, len(left[source]))):
             record = left[source].pop(0)
             merge.push(source, record, record, broker_time_ms=0)
-        out += merge.ready(10**6, {p: not left[p] for p in range(4)})
+        out += merge.ready({p: 10**6 for p in range(4) if not left[p]})
     assert out == sorted(record for partition in partitions for record in partition)
-    assert merge.num_buffered == 0
+    assert merge.num_buffered == merge.num_late == 0
 
 
 @given(sorted_partitions(), st.integers(0, 3))
@@ -46,8 +46,8 @@ def test_nothing_later_leaves_while_an_empty_partition_is_behind(
         if partition != slow:
             for record in records:
                 merge.push(partition, record, record, 0)
-    assert merge.ready(10**9, {p: p != slow for p in range(4)}) == []
-    assert merge.ready(10**9, {}) == []
+    assert merge.ready({p: 10**9 for p in range(4) if p != slow}) == []
+    assert merge.ready({}) == []
 
 
 @given(sorted_partitions())
@@ -56,16 +56,16 @@ def test_caught_up_records_wait_exactly_the_reorder_time(partitions: Records) ->
     for partition, records in enumerate(partitions):  # partition 4 stays empty
         for record in records:
             merge.push(partition, record, record, broker_time_ms=1000)
-    caught_up = dict.fromkeys(range(5), True)
-    assert merge.ready(1000 + WAIT_MS - 1, caught_up) == []
-    assert len(merge.ready(1000 + WAIT_MS, caught_up)) == sum(map(len, partitions))
+    late = dict.fromkeys(range(4), 10**9)  # others being read further does not help
+    assert merge.ready({**late, 4: 1000 + WAIT_MS - 1}) == []
+    assert len(merge.ready({**late, 4: 1000 + WAIT_MS})) == sum(map(len, partitions))
 
 
 def test_full_heads_need_no_wait() -> None:
     merge: EventTimeMerge[str] = EventTimeMerge([0, 1], WAIT_MS)
     merge.push(0, "a", (1, 1), 1000)
     merge.push(1, "b", (2, 2), 1000)
-    assert merge.ready(1000, {}) == ["a"]
+    assert merge.ready({}) == ["a"]
 
 
 def test_a_record_without_key_follows_its_predecessor() -> None:
@@ -80,7 +80,7 @@ def test_a_record_without_key_follows_its_predecessor() -> None:
     ]
     for partition, item, key in pushes:
         merge.push(partition, item, key, 0)
-    done = merge.ready(0, {0: True, 1: True})
+    done = merge.ready({0: 0, 1: 0})
     assert done == ["unreadable first", "a", "b", "unreadable", "c", "d"]
 
 
@@ -88,7 +88,8 @@ def test_a_partition_out_of_order_keeps_its_order() -> None:
     merge: EventTimeMerge[str] = EventTimeMerge([0, 1], 0)
     for partition, item, key in [(0, "x", (5, 1)), (0, "late", (2, 2)), (1, "y", (4, 3))]:
         merge.push(partition, item, key, 0)
-    assert merge.ready(0, {0: True, 1: True}) == ["y", "x", "late"]
+    assert merge.ready({0: 0, 1: 0}) == ["y", "x", "late"]
+    assert merge.num_late == 1
 
 
 def test_a_full_buffer_is_paused_until_it_drains() -> None:
@@ -97,7 +98,7 @@ def test_a_full_buffer_is_paused_until_it_drains() -> None:
     assert merge.paused() == []
     merge.push(0, 2, (2, 2), 0)
     assert merge.paused() == [0]
-    merge.ready(0, {0: True, 1: True})
+    merge.ready({0: 0, 1: 0})
     assert merge.paused() == []
 
 
