@@ -15,6 +15,8 @@ from kernels.attention import AttentionPattern
 class TokenAdapter(nn.Module):
     """A row is a token."""
 
+    pattern = AttentionPattern(WINDOW, NUM_GLOBAL)
+
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.project = nn.Linear(NUM_COLUMNS, config.d_model)
@@ -22,8 +24,7 @@ class TokenAdapter(nn.Module):
     def forward(self, batch: RaggedBatch) -> Encoded:
         """Return one token per row, one span per sequence."""
         tokens_TD = self.project(batch.features.to(self.project.weight.dtype))
-        pattern = AttentionPattern(WINDOW, NUM_GLOBAL)
-        return Encoded(tokens_TD, batch.cu_seqlens, batch.cu_seqlens, {}, pattern)
+        return Encoded(tokens_TD, batch.cu_seqlens, batch.cu_seqlens, {}, self.pattern)
 
 
 class MeanHead(nn.Module):

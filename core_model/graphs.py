@@ -2,24 +2,29 @@
 
 A small step on a GPU waits for the host to launch its kernels.  A graph replays them all,
 at a fixed width; the tokens by which a bucket is wider than the step are idle: a span of
-their own, no expert.  Buckets are a tile of the dense products apart, so those do not grow.
-Steps that mix attention patterns or are wider than the largest bucket run eagerly; there
-the kernels take longer than their launches.
+their own, no expert.  Small buckets are a tile of the dense products apart, so those do not
+grow.  There is a graph for each attention pattern of the model's tasks.  Steps that need two
+patterns (see ``core_model.packing.merge_groups``) run eagerly, and so do steps wider than the
+largest bucket: there the kernels take longer than their launches.
 
 Legend: T tokens, W width of a bucket, D model, L layers, K chosen experts.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from core_model.model import MoETransformer
 from core_model.packing import SpanGroup
-from kernels.attention import FULL, AttentionPattern
+from kernels.attention import AttentionPattern
 
-BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+BUCKETS = (
+    *(64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048),
+    *(2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192),
+)
 WARM_UPS = 2  # kernels are compiled and memory is taken before the capture
 
 Blocks = Callable[[Tensor, Sequence[SpanGroup], Tensor], tuple[Tensor, Tensor]]
@@ -66,55 +71,58 @@ class Slots:
         return SpanGroup(self.width, self.cu_spans, pattern)
 
 
+class _Captured(NamedTuple):
+    """A graph and where its results are."""
+
+    graph: torch.cuda.CUDAGraph
+    tokens_WD: Tensor
+    experts_LWK: Tensor
+
+
 class BlockGraphs:
     """Graphs of a model on a GPU, captured before its first step.
 
     Args:
         model: In evaluation mode; its weights stay where they are.
-        pattern: The attention pattern whose steps are replayed.
     """
 
-    def __init__(self, model: MoETransformer, pattern: AttentionPattern = FULL) -> None:
-        self._model, self._pattern = model, pattern
-        self._slots: list[Slots] = []
-        self._graphs: list[torch.cuda.CUDAGraph] = []
-        self._outputs: list[tuple[Tensor, Tensor]] = []
+    def __init__(self, model: MoETransformer) -> None:
+        self._model = model
+        self._slots: list[Slots] = []  # by bucket; the graphs of all patterns share them
+        self._captured: dict[tuple[AttentionPattern, int], _Captured] = {}
 
     @torch.inference_mode()
     def capture(self) -> None:
         """Capture every bucket, widest first, so that the narrower ones use its memory."""
-        pool = None
-        for width in reversed(BUCKETS):
-            slots = Slots.of(width, self._model.final_norm.new_empty(0, self._model.config.d_model))
-            slots.fill(slots.tokens_WD, torch.tensor([0, width], dtype=torch.int32))
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UPS):
-                    self._run(slots)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                outputs = self._run(slots)
-            pool = pool or graph.pool()
-            self._slots.insert(0, slots)
-            self._graphs.insert(0, graph)
-            self._outputs.insert(0, outputs)
+        pool = torch.cuda.graph_pool_handle()
+        like_TD = self._model.final_norm.new_empty(0, self._model.config.d_model)
+        self._slots = [Slots.of(width, like_TD) for width in BUCKETS]
+        for slots in reversed(self._slots):
+            slots.fill(slots.tokens_WD, torch.tensor([0, slots.width], dtype=torch.int32))
+            for pattern in self._model.patterns:
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    for _ in range(WARM_UPS):
+                        self._run(slots, pattern)
+                torch.cuda.current_stream().wait_stream(side)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    outputs = self._run(slots, pattern)
+                self._captured[pattern, slots.width] = _Captured(graph, *outputs)
 
     def run(self, tokens_TD: Tensor, groups: Sequence[SpanGroup]) -> tuple[Tensor, Tensor]:
         """Return what ``MoETransformer.run_blocks`` returns; valid until the next step."""
-        num_tokens = tokens_TD.shape[0]
-        is_one = len(groups) == 1 and groups[0].pattern == self._pattern
-        fitting = [i for i, slots in enumerate(self._slots) if slots.width >= num_tokens]
-        if not is_one or not fitting or groups[0].cu_spans.numel() > num_tokens + 1:
+        num_tokens, first = tokens_TD.shape[0], groups[0]
+        slots = next((each for each in self._slots if each.width >= num_tokens), None)
+        if len(groups) > 1 or slots is None or first.cu_spans.numel() > num_tokens + 1:
             return self._model.run_blocks(tokens_TD, groups)
-        index = fitting[0]
-        self._slots[index].fill(tokens_TD, groups[0].cu_spans)
-        self._graphs[index].replay()
-        tokens_WD, experts_LWK = self._outputs[index]
-        return tokens_WD[:num_tokens], experts_LWK[:, :num_tokens]
+        captured = self._captured.get((first.pattern, slots.width))
+        if captured is None:
+            return self._model.run_blocks(tokens_TD, groups)
+        slots.fill(tokens_TD, first.cu_spans)
+        captured.graph.replay()
+        return captured.tokens_WD[:num_tokens], captured.experts_LWK[:, :num_tokens]
 
-    def _run(self, slots: Slots) -> tuple[Tensor, Tensor]:
-        return self._model.run_blocks(
-            slots.tokens_WD, [slots.group(self._pattern)], slots.num_valid
-        )
+    def _run(self, slots: Slots, pattern: AttentionPattern) -> tuple[Tensor, Tensor]:
+        return self._model.run_blocks(slots.tokens_WD, [slots.group(pattern)], slots.num_valid)

@@ -16,6 +16,7 @@ from core_model.blocks import Block
 from core_model.config import MoEConfig
 from core_model.packing import Encoded, RaggedBatch, SpanGroup, concat_cu_seqlens, merge_groups
 from core_model.tasks import TaskSpec, registered_tasks
+from kernels.attention import FULL, AttentionPattern
 from kernels.norm import add_rmsnorm
 
 
@@ -62,6 +63,11 @@ class MoETransformer(nn.Module):
         self.final_norm = nn.Parameter(torch.ones(config.d_model))
         self.heads = nn.ModuleDict({t: registry[t].build_head(config) for t in tasks})
         self.graphs: BlockRunner | None = None
+
+    @property
+    def patterns(self) -> frozenset[AttentionPattern]:
+        """The attention patterns of its tasks; an adapter that names none has full attention."""
+        return frozenset(getattr(adapter, "pattern", FULL) for adapter in self.adapters.values())
 
     def narrow_blocks(self, dtype: torch.dtype) -> Self:
         """Convert the shared blocks, for a GPU; routers, adapters and heads stay float32."""

@@ -5,7 +5,6 @@ Legend: R rows, B sequences, D columns.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -45,6 +44,7 @@ class Encoded:
             sequence, and tokens see their own span only.
         side: Whatever the head needs beside the tokens.
         pattern: Which tokens of a span see each other.
+        longest_span: Tokens of a span at most; None if that is not known ahead.
     """
 
     tokens_TD: Tensor
@@ -52,11 +52,12 @@ class Encoded:
     cu_spans: Tensor
     side: Mapping[str, Tensor]
     pattern: AttentionPattern = FULL
+    longest_span: int | None = None
 
     @property
     def spans(self) -> "SpanGroup":
         """What the blocks need to know of these tokens."""
-        return SpanGroup(self.tokens_TD.shape[0], self.cu_spans, self.pattern)
+        return SpanGroup(self.tokens_TD.shape[0], self.cu_spans, self.pattern, self.longest_span)
 
 
 class SpanGroup(NamedTuple):
@@ -66,22 +67,45 @@ class SpanGroup(NamedTuple):
         num_tokens: How many.
         cu_spans: Their span offsets, int32, from 0 to ``num_tokens``.
         pattern: Which tokens of a span see each other.
+        longest_span: Tokens of a span at most; None if that is not known.
     """
 
     num_tokens: int
     cu_spans: Tensor
     pattern: AttentionPattern
+    longest_span: int | None = None
+
+    def fits(self, pattern: AttentionPattern) -> bool:
+        """Tell whether another pattern would give the same: spans shorter than its reach do."""
+        if self.pattern == pattern:
+            return True
+        longest = self.longest_span
+        return longest is not None and self.pattern.sees_all(longest) and pattern.sees_all(longest)
 
 
 def merge_groups(groups: Sequence[SpanGroup]) -> list[SpanGroup]:
-    """Join neighbours of one pattern, so that each pattern is one attention call."""
+    """Join neighbours that one pattern fits, so that they are one attention call."""
     merged: list[SpanGroup] = []
-    for pattern, run in groupby(groups, key=lambda group: group.pattern):
-        parts = list(run)
-        num_tokens = sum(part.num_tokens for part in parts)
-        cu_spans = concat_cu_seqlens([part.cu_spans for part in parts])
-        merged.append(SpanGroup(num_tokens, cu_spans, pattern))
+    for group in groups:
+        joined = _join(merged[-1], group) if merged else None
+        merged[-1:] = [*merged[-1:], group] if joined is None else [joined]
     return merged
+
+
+def _join(one: SpanGroup, other: SpanGroup) -> SpanGroup | None:
+    if other.fits(one.pattern):
+        pattern = one.pattern
+    elif one.fits(other.pattern):
+        pattern = other.pattern
+    else:
+        return None
+    known = None not in (one.longest_span, other.longest_span)
+    return SpanGroup(
+        one.num_tokens + other.num_tokens,
+        concat_cu_seqlens([one.cu_spans, other.cu_spans]),
+        pattern,
+        max(one.longest_span or 0, other.longest_span or 0) if known else None,
+    )
 
 
 def offsets_from_lengths(lengths: Tensor) -> Tensor:

@@ -53,10 +53,9 @@ def signed_log(x: Tensor) -> Tensor:
     return torch.sign(x) * torch.log1p(x.abs())
 
 
-def expand_rows(rows_RD: Tensor, event_amount_R: Tensor) -> Tensor:
-    """Turn raw row columns into bounded inputs [R, NUM_ROW_FEATURES]."""
+def expand_rows(rows_RD: Tensor, event_amount_R: Tensor, knots: Tensor) -> Tensor:
+    """Turn raw row columns into bounded inputs [R, NUM_ROW_FEATURES]; knots of the age in days."""
     age = rows_RD[:, COLUMN_AGE_S, None] / DAY_S
-    knots = torch.tensor(AGE_KNOTS_DAYS, dtype=age.dtype, device=age.device)
     amount, kind = rows_RD[:, COLUMN_AMOUNT, None], rows_RD[:, COLUMN_KIND, None]
     ratio = rows_RD[:, COLUMN_RATIO, None]
     log_ratio = torch.log(torch.nan_to_num(ratio, nan=1.0).clamp(1e-3, 1e3))
@@ -110,6 +109,7 @@ class TabularAdapter(nn.Module):
 
     context_mean: Tensor
     context_std: Tensor
+    knots: Tensor
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
@@ -117,6 +117,7 @@ class TabularAdapter(nn.Module):
         self.num_heads = config.num_heads
         self.register_buffer("context_mean", torch.zeros(NUM_CONTEXT))
         self.register_buffer("context_std", torch.ones(NUM_CONTEXT))
+        self.register_buffer("knots", torch.tensor(AGE_KNOTS_DAYS), persistent=False)
         self.set_ensemble(empty_ensemble(NUM_CONTEXT))
         self.context = nn.Sequential(nn.Linear(2 * NUM_CONTEXT, d), nn.GELU(), nn.Linear(d, d))
         self.rows = nn.Sequential(
@@ -175,7 +176,7 @@ class TabularAdapter(nn.Module):
         rows_RD, num = batch.features, batch.num_sequences
         sequence_R = segment_ids(batch.cu_seqlens, rows_RD.shape[0])
         event_amount_B = rows_RD[batch.cu_seqlens[:-1].long(), COLUMN_AMOUNT]
-        hidden_RP = self.rows(expand_rows(rows_RD, event_amount_B[sequence_R]))
+        hidden_RP = self.rows(expand_rows(rows_RD, event_amount_B[sequence_R], self.knots))
         key_RP, value_RP = self.key_value(hidden_RP).chunk(2, dim=1)
         segments_R = sequence_R * NUM_HISTORIES + (rows_RD[:, COLUMN_KIND] > 1).long()
         queries_SP = self.query(event_BD).view(num * NUM_HISTORIES, -1)
@@ -194,9 +195,11 @@ def pack_spans(tokens: Tensor, tree_BC: Tensor, *, withhold: bool) -> Encoded:
     num, per_sequence = tokens.shape[:2]
     side = {"tree": tree_BC}
     if not withhold:
-        lengths = torch.tensor([1, per_sequence - 1], device=tokens.device).repeat(num)
-        cu_spans = offsets_from_lengths(lengths)
-        return Encoded(tokens.flatten(0, 1), cu_spans[::2].contiguous(), cu_spans, side)
+        # computed where they are needed: a copy from the host would wait for the step before
+        span = torch.arange(2 * num + 1, dtype=torch.int32, device=tokens.device)
+        cu_spans = span // 2 * per_sequence + span % 2
+        cu_tokens, longest = cu_spans[::2].contiguous(), per_sequence - 1
+        return Encoded(tokens.flatten(0, 1), cu_tokens, cu_spans, side, longest_span=longest)
     shown_B = ~torch.isnan(tree_BC[:, 0])
     lengths_B2 = torch.stack([torch.ones_like(shown_B).int(), shown_B * (per_sequence - 1)], dim=1)
     kept = torch.ones(num, per_sequence, dtype=torch.bool, device=tokens.device)

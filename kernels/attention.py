@@ -38,6 +38,10 @@ class AttentionPattern:
             message = f"expected window and num_global from 0, got {self.window}, {self.num_global}"
             raise ValueError(message)
 
+    def sees_all(self, length: int) -> bool:
+        """Tell whether all positions of a sequence this long see each other."""
+        return self.window is None or length <= self.window // 2 + 1
+
 
 FULL = AttentionPattern(window=None)
 
@@ -147,7 +151,7 @@ def _equal_lengths(
 ) -> Tensor:
     """Return the attention of a batch, [G, n, H, d]."""
     n = q_GnHd.shape[1]
-    sees_all = pattern.window is None or n <= pattern.window // 2 + 1
+    sees_all = pattern.sees_all(n)
     if sees_all and n <= SHORT:
         return _short(q_GnHd, k_GnHd, v_GnHd)
     q, k, v = (x.transpose(1, 2) for x in (q_GnHd, k_GnHd, v_GnHd))

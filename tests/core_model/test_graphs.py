@@ -6,12 +6,12 @@ import torch
 from core_model.config import PRESETS
 from core_model.graphs import BUCKETS, BlockGraphs, Slots
 from core_model.model import MoETransformer
-from core_model.packing import SpanGroup, offsets_from_lengths
+from core_model.packing import SpanGroup, merge_groups, offsets_from_lengths
 from kernels.attention import FULL, AttentionPattern
 
 
 def step(num_spans: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """Spans of one and two tokens, as fraud has them."""
+    """Return tokens and offsets of spans of one and two tokens, as fraud has them."""
     lengths = torch.tensor([1, 2] * num_spans)[:num_spans]
     cu_spans = offsets_from_lengths(lengths).to(device)
     generator = torch.Generator().manual_seed(num_spans)
@@ -36,17 +36,56 @@ def test_idle_tokens_change_nothing(num_spans: int) -> None:
     assert torch.isfinite(wide_WD).all()
 
 
+@torch.inference_mode()
+def test_short_spans_join_a_window_and_get_what_they_would_alone() -> None:
+    """One attention call, and one graph, for a step of tasks with different patterns."""
+    torch.manual_seed(0)
+    model = MoETransformer(PRESETS["tiny"], ["fraud"]).eval()
+    window = AttentionPattern(window=6, num_global=1)
+    width = model.config.d_model
+
+    def group(lengths: list[int], pattern: AttentionPattern, longest: int | None) -> SpanGroup:
+        cu_spans = offsets_from_lengths(torch.tensor(lengths))
+        return SpanGroup(sum(lengths), cu_spans, pattern, longest)
+
+    short, long = group([1, 2] * 3, FULL, 2), group([3, 4, 9], window, None)
+    for groups in ([short, long], [long, short], [short, long, short]):
+        (joined,) = merge_groups(groups)
+        assert joined.pattern == window
+        assert joined.num_tokens == sum(each.num_tokens for each in groups)
+        tokens_TD = torch.randn(joined.num_tokens, width)
+        torch.testing.assert_close(
+            model.run_blocks(tokens_TD, [joined])[0], model.run_blocks(tokens_TD, groups)[0]
+        )
+
+
+def test_spans_that_a_window_would_cut_stay_apart() -> None:
+    """Only a known bound may join them."""
+    window = AttentionPattern(window=6, num_global=1)
+    offsets = torch.tensor([0, 5], dtype=torch.int32)
+    for longest in (None, 5):
+        groups = [SpanGroup(5, offsets, FULL, longest), SpanGroup(5, offsets, window)]
+        assert len(merge_groups(groups)) == 2
+    known = [SpanGroup(5, offsets, FULL, 4), SpanGroup(5, offsets, window, 5)]
+    (joined,) = merge_groups(known)
+    assert joined.longest_span == 5
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("pattern", [FULL, AttentionPattern(8, 1)])
 @torch.inference_mode()
-def test_replays_equal_the_eager_blocks_and_what_does_not_fit_runs_eagerly() -> None:
+def test_replays_equal_the_eager_blocks_and_what_does_not_fit_runs_eagerly(
+    pattern: AttentionPattern, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     model = MoETransformer(PRESETS["base"], ["fraud"]).eval().cuda()
+    monkeypatch.setattr(model.adapters["fraud"], "pattern", pattern, raising=False)
     graphs = BlockGraphs(model)
     graphs.capture()
     for num_spans in (1, 42, 43, 333, 1000, BUCKETS[-1]):
         tokens_TD, cu_spans = step(num_spans, "cuda")
-        groups = [SpanGroup(tokens_TD.shape[0], cu_spans, FULL)]
+        groups = [SpanGroup(tokens_TD.shape[0], cu_spans, pattern)]
         got_TD, got_LTK = graphs.run(tokens_TD, groups)
         want_TD, want_LTK = model.run_blocks(tokens_TD, groups)
         torch.testing.assert_close(got_TD, want_TD, rtol=1e-3, atol=1e-4)
