@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import count
 from typing import NamedTuple
 
@@ -51,16 +52,23 @@ def token_request(
     lengths: Sequence[int], each: ServiceClass, deadline_ms: float, seed: int = 0
 ) -> InferRequest:
     """Return a request of the benchmark task with sequences of these lengths."""
-    rng = np.random.default_rng(seed)
     return InferRequest(
         request_id=f"tokens-{next(_numbers)}",
         tenant=str(each),
         task=TOKENS.name,
-        features=rng.normal(size=(sum(lengths), NUM_COLUMNS)).astype(np.float32),
+        features=_token_rows(sum(lengths), seed),
         cu_seqlens=np.cumsum([0, *lengths], dtype=np.int32),
         service_class=each,
         deadline_ms=deadline_ms,
     )
+
+
+@lru_cache(maxsize=256)
+def _token_rows(num_rows: int, seed: int) -> np.ndarray:
+    """Draw rows; drawing them anew for every request would be a load of its own."""
+    rows = np.random.default_rng(seed).normal(size=(num_rows, NUM_COLUMNS)).astype(np.float32)
+    rows.flags.writeable = False
+    return rows
 
 
 def renamed(request: InferRequest) -> InferRequest:

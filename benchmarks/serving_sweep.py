@@ -21,7 +21,7 @@ CALLS_S = 100.0  # calls a second, at least
 DEADLINE_MS = 40.0  # a step is planned for a quarter of it
 PATIENT_MS = 600_000.0
 BATCH_LENGTHS = (512,) * 16
-DEPTH = 6
+DEPTH = 24  # what a few of the longest steps hold: the queue is never empty
 SETTLE_S = 2.0
 
 

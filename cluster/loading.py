@@ -111,8 +111,7 @@ def load_checkpoint(path: Path, device: str = "cpu") -> LoadedModel:
     except checkpoint.CheckpointError as error:
         raise CheckpointError(str(error)) from error
     if device != "cpu":
-        model.graphs = graphs.BlockGraphs(model)
-        model.graphs.capture()
+        model.graphs = graphs.StepGraphs(model)
     registry = registered_tasks()
     runner = StepRunner(
         model=model,
