@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from core_model.builtin_tasks import (
     COLUMN_AGE_S,
     COLUMN_AMOUNT,
-    COLUMN_FRAUD,
     COLUMN_KIND,
     COLUMN_MATURED,
     COLUMN_RATIO,
@@ -72,7 +71,7 @@ def expand_rows(rows_RD: Tensor, event_amount_R: Tensor, knots: Tensor) -> Tenso
         log_ratio,
         torch.sigmoid((log_ratio - 1.0) * 4.0),  # a soft step at e times the card's mean
         ~torch.isnan(ratio),
-        rows_RD[:, [COLUMN_MATURED, COLUMN_FRAUD, COLUMN_SAME]],
+        rows_RD[:, COLUMN_MATURED : COLUMN_SAME + 1],  # and fraud; a list of columns is a host copy
         kind == torch.arange(1 + NUM_HISTORIES, device=kind.device),
     ]
     return torch.cat(parts, dim=1)
