@@ -111,7 +111,8 @@ def load_checkpoint(path: Path, device: str = "cpu") -> LoadedModel:
     except checkpoint.CheckpointError as error:
         raise CheckpointError(str(error)) from error
     if device != "cpu":
-        model.graphs = graphs.StepGraphs(model)
+        model.graphs = graphs.BlockGraphs(model)
+        model.graphs.capture()
     registry = registered_tasks()
     runner = StepRunner(
         model=model,

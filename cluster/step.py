@@ -215,7 +215,7 @@ class StepRunner:
         if self.device == "cpu":
             return torch.from_numpy(np.concatenate(arrays))
         rows, rest = sum(len(array) for array in arrays), arrays[0].shape[1:]
-        dtype = torch.from_numpy(arrays[0][:0]).dtype
+        dtype = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
         staged = torch.empty((rows, *rest), dtype=dtype, pin_memory=True)
         np.concatenate(arrays, out=staged.numpy())
         return staged.to(self.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""The blocks as captured CUDA graphs, one per token bucket: a step becomes a few launches.
+"""The blocks as captured CUDA graphs, one per token bucket: a step becomes one launch.
 
 A small step on a GPU waits for the host to launch its kernels.  A graph replays them all,
 at a fixed width; the tokens by which a bucket is wider than the step are idle: a span of
@@ -10,24 +10,21 @@ largest bucket: there the kernels take longer than their launches.
 Legend: T tokens, W width of a bucket, D model, L layers, K chosen experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from core_model.model import MoETransformer
-from core_model.packing import Encoded, RaggedBatch, SpanGroup
-from core_model.task_graphs import Captured, TaskGraphs, capture
-from core_model.tasks import registered_tasks
+from core_model.packing import SpanGroup
 from kernels.attention import AttentionPattern
 
-if TYPE_CHECKING:
-    from torch.cuda import _POOL_HANDLE
-
 BUCKETS = (*range(64, 512, 64), *range(512, 2048, 128), *range(2048, 8193, 256))
+WARM_UPS = 2  # kernels are compiled and memory is taken before the capture
+
+Blocks = Callable[[Tensor, Sequence[SpanGroup], Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(slots=True)
@@ -71,8 +68,16 @@ class Slots:
         return SpanGroup(self.width, self.cu_spans, pattern)
 
 
+class _Captured(NamedTuple):
+    """A graph and where its results are."""
+
+    graph: torch.cuda.CUDAGraph
+    tokens_WD: Tensor
+    experts_LWK: Tensor
+
+
 class BlockGraphs:
-    """Graphs of a model's blocks.
+    """Graphs of a model on a GPU, captured before its first step.
 
     Args:
         model: In evaluation mode; its weights stay where they are.
@@ -81,25 +86,27 @@ class BlockGraphs:
     def __init__(self, model: MoETransformer) -> None:
         self._model = model
         self._slots: list[Slots] = []  # by bucket; the graphs of all patterns share them
-        self._captured: dict[tuple[AttentionPattern, int], Captured[tuple[Tensor, Tensor]]] = {}
+        self._captured: dict[tuple[AttentionPattern, int], _Captured] = {}
 
     @torch.inference_mode()
-    def capture(self, pool: "_POOL_HANDLE") -> None:
+    def capture(self) -> None:
         """Capture every bucket, widest first, so that the narrower ones use its memory."""
+        pool = torch.cuda.graph_pool_handle()
         like_TD = self._model.final_norm.new_empty(0, self._model.config.d_model)
         self._slots = [Slots.of(width, like_TD) for width in BUCKETS]
         for slots in reversed(self._slots):
             slots.fill(slots.tokens_WD, torch.tensor([0, slots.width], dtype=torch.int32))
             for pattern in self._model.patterns:
-                self._captured[pattern, slots.width] = capture(
-                    partial(
-                        self._model.run_blocks,
-                        slots.tokens_WD,
-                        [slots.group(pattern)],
-                        slots.num_valid,
-                    ),
-                    pool,
-                )
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    for _ in range(WARM_UPS):
+                        self._run(slots, pattern)
+                torch.cuda.current_stream().wait_stream(side)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    outputs = self._run(slots, pattern)
+                self._captured[pattern, slots.width] = _Captured(graph, *outputs)
 
     def run(self, tokens_TD: Tensor, groups: Sequence[SpanGroup]) -> tuple[Tensor, Tensor]:
         """Return what ``MoETransformer.run_blocks`` returns; valid until the next step."""
@@ -112,43 +119,7 @@ class BlockGraphs:
             return self._model.run_blocks(tokens_TD, groups)
         slots.fill(tokens_TD, first.cu_spans)
         captured.graph.replay()
-        tokens_WD, experts_LWK = captured.result
-        return tokens_WD[:num_tokens], experts_LWK[:, :num_tokens]
+        return captured.tokens_WD[:num_tokens], captured.experts_LWK[:, :num_tokens]
 
-
-class StepGraphs:
-    """The parts of a step (see ``core_model.model.StepParts``), captured as far as they can be.
-
-    Args:
-        model: On a GPU, in evaluation mode.
-    """
-
-    def __init__(self, model: MoETransformer) -> None:
-        pool = torch.cuda.graph_pool_handle()
-        self._model = model
-        self._blocks = BlockGraphs(model)
-        self._blocks.capture(pool)
-        specs = registered_tasks()
-        self._tasks = {
-            task: TaskGraphs(adapter, model.heads[task], specs[task], model.final_norm.device)
-            for task, adapter in model.adapters.items()
-            if hasattr(adapter, "fixed_tokens")
-        }
-        for graphs in self._tasks.values():
-            graphs.capture(pool)
-
-    def encode(self, task: str, batch: RaggedBatch) -> Encoded:
-        """Run the adapter of a task."""
-        graphs = self._tasks.get(task)
-        return self._model.encode(task, batch) if graphs is None else graphs.encode(batch)
-
-    def run_blocks(self, tokens_TD: Tensor, groups: Sequence[SpanGroup]) -> tuple[Tensor, Tensor]:
-        """Run the blocks."""
-        return self._blocks.run(tokens_TD, groups)
-
-    def decode(self, task: str, tokens_TD: Tensor, encoded: Encoded) -> tuple[Tensor, Tensor]:
-        """Run the head of a task."""
-        graphs = self._tasks.get(task)
-        if graphs is None:
-            return self._model.decode(task, tokens_TD, encoded)
-        return graphs.decode(tokens_TD, encoded)
+    def _run(self, slots: Slots, pattern: AttentionPattern) -> tuple[Tensor, Tensor]:
+        return self._model.run_blocks(slots.tokens_WD, [slots.group(pattern)], slots.num_valid)

@@ -34,19 +34,11 @@ class StepOutput(NamedTuple):
     cu_tokens: Tensor
 
 
-class StepParts(Protocol):
-    """The parts of a step: a model's own, or captured graphs of them."""
+class BlockRunner(Protocol):
+    """Another way to run the blocks, such as captured graphs."""
 
-    def encode(self, task: str, batch: RaggedBatch) -> Encoded:
-        """Run the adapter of a task."""
-        ...
-
-    def run_blocks(self, tokens_TD: Tensor, groups: Sequence[SpanGroup]) -> tuple[Tensor, Tensor]:
-        """Return normalised tokens [T, D] and the chosen experts int32 [L, T, K]."""
-        ...
-
-    def decode(self, task: str, tokens_TD: Tensor, encoded: Encoded) -> tuple[Tensor, Tensor]:
-        """Run the head of a task."""
+    def run(self, tokens_TD: Tensor, groups: Sequence[SpanGroup]) -> tuple[Tensor, Tensor]:
+        """Return what ``MoETransformer.run_blocks`` returns."""
         ...
 
 
@@ -70,7 +62,7 @@ class MoETransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = nn.Parameter(torch.ones(config.d_model))
         self.heads = nn.ModuleDict({t: registry[t].build_head(config) for t in tasks})
-        self.graphs: StepParts | None = None
+        self.graphs: BlockRunner | None = None
 
     @property
     def patterns(self) -> frozenset[AttentionPattern]:
@@ -86,30 +78,20 @@ class MoETransformer(nn.Module):
 
     def forward(self, batches: Mapping[str, RaggedBatch]) -> StepOutput:
         """Run one step over the packed sequences of one or more tasks."""
-        parts: StepParts = self if self.graphs is None else self.graphs
-        encoded = [parts.encode(task, batch) for task, batch in batches.items()]
-        tokens_TD, experts_LTK = parts.run_blocks(
-            torch.cat([each.tokens_TD for each in encoded]).to(self.final_norm.dtype),
-            merge_groups([each.spans for each in encoded]),
+        encoded: list[Encoded] = [self.adapters[task](batch) for task, batch in batches.items()]
+        run = self.run_blocks if self.graphs is None else self.graphs.run
+        tokens_TD, experts_LTK = run(
+            torch.cat([part.tokens_TD for part in encoded]).to(self.final_norm.dtype),
+            merge_groups([part.spans for part in encoded]),
         )
         tokens_TD = tokens_TD.to(encoded[0].tokens_TD.dtype)
-        pieces = tokens_TD.split([each.tokens_TD.shape[0] for each in encoded])
+        pieces = tokens_TD.split([part.tokens_TD.shape[0] for part in encoded])
         outputs = {
-            task: parts.decode(task, piece, each)
-            for task, piece, each in zip(batches, pieces, encoded, strict=True)
+            task: self.heads[task](piece, part)
+            for task, piece, part in zip(batches, pieces, encoded, strict=True)
         }
-        cu_tokens = concat_cu_seqlens([each.cu_tokens for each in encoded])
+        cu_tokens = concat_cu_seqlens([part.cu_tokens for part in encoded])
         return StepOutput(outputs, experts_LTK, cu_tokens)
-
-    def encode(self, task: str, batch: RaggedBatch) -> Encoded:
-        """Return the tokens of a task's sequences, and what its head needs beside them."""
-        encoded: Encoded = self.adapters[task](batch)
-        return encoded
-
-    def decode(self, task: str, tokens_TD: Tensor, encoded: Encoded) -> tuple[Tensor, Tensor]:
-        """Return output rows [R_out, D_out] of a task's sequences and their offsets int32 [B+1]."""
-        outputs: tuple[Tensor, Tensor] = self.heads[task](tokens_TD, encoded)
-        return outputs
 
     def run_blocks(
         self,

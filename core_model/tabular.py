@@ -106,7 +106,6 @@ class TabularAdapter(nn.Module):
     they were fitted on; a NaN logit there leaves the second span out.
     """
 
-    fixed_tokens = TOKENS_PER_TRANSACTION  # see core_model.task_graphs
     context_mean: Tensor
     context_std: Tensor
     knots: Tensor
