@@ -152,7 +152,8 @@ class Engine:
         except TrimoeError as error:
             self._telemetry.refused(request, version, error)
             raise
-        if request.model_version == STABLE and self.aliases.is_shadowed(request.request_id):
+        is_shadowed = self.aliases.is_shadowed(request.request_id)
+        if request.model_version == STABLE and is_shadowed and self._scheduler.has_spare_room:
             self._in_background(self._ask_shadow(request, response))
         return response
 
