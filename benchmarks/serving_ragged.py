@@ -24,7 +24,7 @@ LOADS = (0.4, 0.6, 0.8, 1.0, 1.25, 1.5)  # of the padded batcher's own capacity
 WIDE = (8, 8192)  # tokens of the throughput comparison
 NUM_WIDE = 64
 LONG_TOKENS = 65_536
-DEADLINE_LONG_MS = 75.0  # of the stream beside the long sequence: a step is planned for a quarter
+DEADLINE_LONG_MS = 60.0  # of the stream beside the long sequence: a step is planned for a quarter
 PATIENT_MS = 600_000.0
 
 

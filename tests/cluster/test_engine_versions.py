@@ -12,6 +12,7 @@ from torch import nn
 from cluster.engine import Engine
 from cluster.errors import CheckpointError, UnknownModelError
 from cluster.loading import LoadedModel
+from cluster.scheduler import Limits
 from cluster.schemas import InferRequest
 from cluster.versions import Aliases
 from core_model.model import StepOutput
@@ -54,12 +55,15 @@ def loader(load_tiny: Load) -> Callable[[str], LoadedModel]:
     return load
 
 
-def serve(model: LoadedModel, use: Callable[[Engine], Awaitable[None]]) -> None:
+def serve(
+    model: LoadedModel, use: Callable[[Engine], Awaitable[None]], limits: Limits | None = None
+) -> None:
     async def run() -> None:
-        engine = Engine(model)
+        engine = Engine(model, limits=limits)
         engine.start()
         try:
-            await use(engine)
+            async with asyncio.timeout(60):
+                await use(engine)
         finally:
             await engine.stop()
 
@@ -152,7 +156,7 @@ def test_shadow_is_compared_and_never_answers(load_tiny: Load, make_request: Mak
         report = report_of(engine, "tiny-3")
         assert (report["shadowed"], report["disagreed"], report["ok"]) == (40, 40, 0)
 
-    serve(load_tiny(), use)
+    serve(load_tiny(), use, Limits(spare_share=0.5, spare_queue=20))
 
 
 def test_versions_that_no_alias_names_are_let_go(load_tiny: Load, make_request: Make) -> None:
