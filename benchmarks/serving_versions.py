@@ -26,6 +26,7 @@ ROWS = 5  # transactions of a request
 DEADLINE_MS = 2000.0
 CANARY_REQUESTS, CANARY_SHARE = 10_000, 0.1
 SWAP_EVERY_S = 6.0
+SHADOW_ROUNDS = 8  # the p99 of one round of 10 s strays by a tenth
 
 
 def copies(folder: Path) -> Registry:
@@ -103,7 +104,7 @@ def _shadow(registry: Registry, client: Client, rig: Rig) -> dict[str, Any]:
     registry.set_aliases(Aliases("fraud-1"))
     most = asyncio.run(capacity(client, lambda: next(patient), depth=8, seconds=5.0))
     p99: dict[str, list[float]] = {"alone": [], "shadowed": []}
-    for _ in range(max(2, rig.rounds)):
+    for _ in range(max(SHADOW_ROUNDS, rig.rounds)):
         for name, aliases in (
             ("alone", Aliases("fraud-1")),
             ("shadowed", Aliases("fraud-1", shadow="fraud-2")),

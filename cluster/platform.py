@@ -40,7 +40,7 @@ class PlatformConfig:
         port: Its port; None starts no HTTP door.
         device: Where the model runs.
         torch_threads: Threads of one CPU step.
-        num_cpus: Logical CPUs Ray may hand out; also the workers it starts ahead.
+        num_cpus: Logical CPUs Ray may hand out.
         object_store_bytes: Shared memory for large requests.
         api_keys: File of API keys for the HTTP door; None opens it to this machine alone.
         num_replicas: Replicas of the model, spread over the nodes as far as there are any.
@@ -80,6 +80,9 @@ def prepare_environment() -> None:
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",  # with it a shutdown drains for 31 s
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch for a loopback-only node
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # else the first driver waits for workers started ahead, and for ever if one of them
+        # registers too late, as on a busy machine (ray-project/ray#40131; docs/log.md)
+        "RAY_prestart_worker_first_driver": "0",
     }.items():
         os.environ.setdefault(name, value)
 

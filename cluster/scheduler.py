@@ -6,13 +6,15 @@ Rules:
        deadline farther than ``ageing_ms`` counts as that far, so that nobody waits behind later
        arrivals for longer.
     3. Stream goes before interactive before batch, but a class that waits earns a floor
-       share of the tokens that others run, and that credit goes before everything.
+       share of the tokens that others run, and that credit goes before everything.  What it
+       got of idle room shortly before counts against it.
     4. Within a class a tenant that has had more than its weighted share, by ``tenant_lead_ms``
        of work, lets the others go first.
     5. A step takes pieces up to a budget: a fraction of the tightest deadline that waits, and
        for work below the stream class no more than ``max_step_ms`` and the same fraction of the
        tightest deadline seen lately, because such a request may come during the step.  A piece
-       above the budget runs when it is first in the step.
+       above the budget runs when it is first in the step, and a stream request that is first
+       may take twice the budget if that completes it: in two steps it would pay two fixed costs.
     6. Room that a class leaves goes to the next: no capacity idles while work waits.
     7. What cannot meet its deadline is refused on arrival or dropped before it runs, except
        when nothing else waits, or none of its kind has run for ``probe_s``: the cost model must
@@ -62,6 +64,7 @@ class Limits:
         spare_share: Share of the time that spare work may take.
         spare_queue: Spare requests that may wait.
         floor_share: Tokens a waiting class is owed, as a share of all tokens.
+        floor_lead_ms: Work in idle room that counts against what a class is owed later, at most.
         tenant_weights: Share of a tenant within a class, 1 if not named.
         tenant_lead_ms: Work by which a tenant may be ahead of its share before it yields.
     """
@@ -81,6 +84,7 @@ class Limits:
     floor_share: Mapping[ServiceClass, float] = field(
         default_factory=lambda: {ServiceClass.INTERACTIVE: 0.2, ServiceClass.BATCH: 0.1}
     )
+    floor_lead_ms: float = 200.0
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
     tenant_lead_ms: float = 200.0
 
@@ -168,6 +172,9 @@ class _Plan:
         """Add leading pieces of the job within budget and credit; return their tokens."""
         token_ms = self._cost.token_ms(job.cost_key)
         first, tokens = job.next_piece, job.work.tokens
+        is_first_of_stream = not self.spans and job.request.service_class is ServiceClass.STREAM
+        if is_first_of_stream and job.tokens_left * token_ms <= 2 * room_ms:
+            room_ms = 2 * room_ms
         allowed = min(credit, (room_ms - self._used_ms) / token_ms)
         last = first + int(np.searchsorted(tokens[first:].cumsum(), allowed, side="right"))
         if last == first and not self.spans and tokens[first] <= credit:
@@ -427,13 +434,17 @@ class Scheduler:
         return taken
 
     def _earn(self, served: ServiceClass, tokens: int) -> None:
-        """Credit the waiting classes for tokens that another class ran."""
+        """Credit the waiting classes for tokens that another ran; their own count against it."""
         for each, share in self._limits.floor_share.items():
             waits = any(not job.is_planned for job in self._queues[each])
             if not waits:
                 self._credit[each] = 0.0
             elif each is not served:
                 self._credit[each] += tokens * share / (1 - share)
+            else:
+                token_ms = self._cost.token_ms(self._queues[each][0].cost_key)
+                lead = self._limits.floor_lead_ms / token_ms
+                self._credit[each] = max(self._credit[each] - tokens, -lead)
 
     def _drop_hopeless(self) -> None:
         now = self._clock()

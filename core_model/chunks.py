@@ -48,11 +48,11 @@ class LongSequence:
             message = f"expected one span to cut, got {encoded.cu_spans.numel() - 1}"
             raise ValueError(message)
         self._model = model
-        self._pattern = encoded.pattern
         self._branch_TD = encoded.tokens_TD
         num_tokens, config = encoded.tokens_TD.shape[0], model.config
         shape = (num_tokens, 3, config.num_heads, config.d_model // config.num_heads)
-        self._qkv = [encoded.tokens_TD.new_empty(shape) for _ in range(2)]  # read, written
+        rooms = (encoded.tokens_TD.new_empty(shape) for _ in range(2))
+        self._read, self._written = (LayerInput(room, encoded.pattern) for room in rooms)
         self._residual_TD = torch.empty_like(encoded.tokens_TD)
         self.tokens_TD = torch.empty_like(encoded.tokens_TD)
         self.experts_LTK = torch.empty(
@@ -88,7 +88,7 @@ class LongSequence:
         self._chunk += 1
         if self._chunk == len(self._chunks):
             self._chunk, self._layer = 0, self._layer + 1
-            self._qkv.reverse()
+            self._read, self._written = self._written, self._read
 
     def _begin_layer(
         self, layer: int, chunk: slice, branch_nD: Tensor, residual_nD: Tensor | None
@@ -96,13 +96,13 @@ class LongSequence:
         """Norm and projection; what the layer's attention will read is complete after all chunks."""
         block = cast("Block", self._model.blocks[layer])
         x_nD, residual_nD = add_rmsnorm(branch_nD, residual_nD, block.attention_norm, block.eps)
-        self._qkv[1][chunk] = block.attention.project(x_nD)
+        self._written.put(chunk, block.attention.project(x_nD))
         self._residual_TD[chunk] = residual_nD
 
     def _finish_layer(self, layer: int, chunk: slice) -> tuple[Tensor, Tensor]:
         """Attention and experts of a layer for one chunk; return branch and residual."""
         block = cast("Block", self._model.blocks[layer])
-        mixed_nHd = attend_chunk(self._qkv[0], chunk, self._pattern)
+        mixed_nHd = self._read.attend(chunk)
         branch_nD = functional.linear(mixed_nHd.flatten(1), block.attention.out)
         x_nD, residual_nD = add_rmsnorm(
             branch_nD, self._residual_TD[chunk], block.moe_norm, block.eps
@@ -111,24 +111,85 @@ class LongSequence:
         return branch_nD, residual_nD
 
 
-def attend_chunk(qkv_T3Hd: Tensor, chunk: slice, pattern: AttentionPattern) -> Tensor:
-    """Return what attention over the whole sequence gives the queries of a chunk, [n, H, d]."""
-    num_tokens, num_global = qkv_T3Hd.shape[0], pattern.num_global
-    if pattern.window is None:
-        return _attend_all(qkv_T3Hd, chunk)
-    half, first = pattern.window // 2, max(chunk.start, num_global)
-    pieces = []
-    if chunk.start < num_global:
-        pieces.append(_attend_all(qkv_T3Hd, slice(chunk.start, min(chunk.stop, num_global))))
-    if first < chunk.stop:
-        low, high = max(num_global, first - half), min(num_tokens, chunk.stop + half)
-        # beside the globals the slice keeps its own distances; only those decide inside a window
-        near = torch.cat([qkv_T3Hd[:num_global], qkv_T3Hd[low:high]])
-        cu_seqlens = torch.tensor([0, near.shape[0]], dtype=torch.int32, device=near.device)
-        mixed = varlen_attention(near[:, 0], near[:, 1], near[:, 2], cu_seqlens, pattern)
-        begin = num_global + first - low
-        pieces.append(mixed[begin : begin + chunk.stop - first])
-    return torch.cat(pieces)
+class LayerInput:
+    """Queries, keys and values of one layer: they come chunk by chunk, then are read likewise.
+
+    What global queries see of each chunk is taken when it comes, so that no chunk costs more
+    than another.
+
+    Args:
+        qkv_T3Hd: Room for them.
+        pattern: Which tokens see each other.
+    """
+
+    def __init__(self, qkv_T3Hd: Tensor, pattern: AttentionPattern) -> None:
+        self._qkv_T3Hd = qkv_T3Hd
+        self._pattern = pattern
+        self._globals: RunningAttention | None = None
+
+    def put(self, chunk: slice, qkv_n3Hd: Tensor) -> None:
+        """Take the next chunk."""
+        self._qkv_T3Hd[chunk] = qkv_n3Hd
+        if self._pattern.window is None or not self._pattern.num_global:
+            return
+        num_global = min(self._pattern.num_global, chunk.stop)
+        keys = chunk
+        if self._globals is None or chunk.start < self._pattern.num_global:
+            self._globals, keys = (
+                RunningAttention(self._qkv_T3Hd[:num_global, 0]),
+                slice(chunk.stop),
+            )
+        self._globals.add(self._qkv_T3Hd[keys, 1], self._qkv_T3Hd[keys, 2])
+
+    def attend(self, chunk: slice) -> Tensor:
+        """Return what attention over the whole gives the queries of a chunk, [n, H, d]."""
+        num_tokens, num_global = self._qkv_T3Hd.shape[0], self._pattern.num_global
+        if self._pattern.window is None:
+            return _attend_all(self._qkv_T3Hd, chunk)
+        half, first = self._pattern.window // 2, max(chunk.start, num_global)
+        pieces = []
+        if self._globals is not None and chunk.start < num_global:
+            pieces.append(self._globals.result()[chunk])
+        if first < chunk.stop:
+            low, high = max(num_global, first - half), min(num_tokens, chunk.stop + half)
+            # beside globals the slice keeps its own distances; only those decide inside a window
+            near = torch.cat([self._qkv_T3Hd[:num_global], self._qkv_T3Hd[low:high]])
+            cu_seqlens = torch.tensor([0, near.shape[0]], dtype=torch.int32, device=near.device)
+            q_nHd, k_nHd, v_nHd = near.unbind(1)
+            mixed = varlen_attention(q_nHd, k_nHd, v_nHd, cu_seqlens, self._pattern)
+            begin = num_global + first - low
+            pieces.append(mixed[begin : begin + chunk.stop - first])
+        return torch.cat(pieces).to(self._qkv_T3Hd.dtype)
+
+
+class RunningAttention:
+    """Attention of a few queries over keys that come piece by piece.
+
+    Args:
+        q_gHd: The queries [g, H, d].
+
+    Source:
+        Milakov and Gimelshein 2018 (arXiv:1805.02867), algorithm 3.
+    """
+
+    def __init__(self, q_gHd: Tensor) -> None:
+        self._q_Hgd = q_gHd.transpose(0, 1).float() * q_gHd.shape[2] ** -0.5
+        self._top_Hg1 = torch.full_like(self._q_Hgd[..., :1], -torch.inf)
+        self._weight_Hg1 = torch.zeros_like(self._top_Hg1)
+        self._sum_Hgd = torch.zeros_like(self._q_Hgd)
+
+    def add(self, k_nHd: Tensor, v_nHd: Tensor) -> None:
+        """Take in more keys and their values."""
+        scores_Hgn = self._q_Hgd @ k_nHd.permute(1, 2, 0).float()
+        top_Hg1 = torch.maximum(self._top_Hg1, scores_Hgn.amax(dim=-1, keepdim=True))
+        weights_Hgn, keep_Hg1 = (scores_Hgn - top_Hg1).exp(), (self._top_Hg1 - top_Hg1).exp()
+        self._weight_Hg1 = self._weight_Hg1 * keep_Hg1 + weights_Hgn.sum(dim=-1, keepdim=True)
+        self._sum_Hgd = self._sum_Hgd * keep_Hg1 + weights_Hgn @ v_nHd.transpose(0, 1).float()
+        self._top_Hg1 = top_Hg1
+
+    def result(self) -> Tensor:
+        """Return the attention over all keys so far, float32 [g, H, d]."""
+        return (self._sum_Hgd / self._weight_Hg1).transpose(0, 1)
 
 
 def _attend_all(qkv_T3Hd: Tensor, queries: slice) -> Tensor:

@@ -85,6 +85,41 @@ def test_batch_keeps_its_floor_under_a_saturating_stream_and_fills_idle_room() -
     in_loop(scenario)
 
 
+def test_idle_room_that_batch_got_counts_against_its_floor_up_to_a_lead() -> None:
+    def scenario(idle_steps: int) -> int:
+        bench = Bench()
+        bench.add([10] * 9000, ServiceClass.BATCH, deadline_ms=1e6)
+        for _ in range(idle_steps):
+            bench.step()
+        stream = 0
+        while True:
+            while bench.scheduler.num_waiting < 4:
+                bench.add([10] * 10)
+            step = bench.step()
+            if any(part.job.request.service_class is ServiceClass.BATCH for part in step):
+                return stream
+            stream += tokens_of(step)
+
+    in_loop(lambda: _expect(scenario(5), 9 * 500))
+    in_loop(lambda: _expect(scenario(50), 9 * 2000))  # 200 ms of work at most
+
+
+def _expect(tokens: int, about: int) -> None:
+    assert tokens == pytest.approx(about, abs=400)
+
+
+def test_a_stream_request_is_completed_rather_than_cut_if_twice_the_room_is_enough() -> None:
+    def scenario() -> None:
+        bench = Bench()
+        bench.add([10] * 20, deadline_ms=60.2)  # a quarter of it: room for 140 tokens
+        bench.add([10] * 20, deadline_ms=60.2)
+        assert [tokens_of(bench.step()), tokens_of(bench.step())] == [200, 200]
+        bench.add([10] * 29, deadline_ms=60.2)
+        assert tokens_of(bench.step()) == 140
+
+    in_loop(scenario)
+
+
 def test_tenant_with_a_full_queue_is_refused_and_others_are_not() -> None:
     def scenario() -> None:
         bench = Bench(Limits(queue_per_tenant=2))

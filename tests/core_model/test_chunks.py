@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from core_model.chunks import LongSequence, attend_chunk, num_pieces
+from core_model.chunks import LayerInput, LongSequence, num_pieces
 from core_model.config import PRESETS
 from core_model.model import MoETransformer
 from core_model.packing import Encoded, offsets_from_lengths
@@ -54,7 +54,10 @@ def test_a_chunk_sees_its_window_and_the_global_positions(chunk: slice) -> None:
     whole = varlen_attention(
         qkv[:, 0], qkv[:, 1], qkv[:, 2], torch.tensor([0, 60], dtype=torch.int32), WINDOW
     )
-    torch.testing.assert_close(attend_chunk(qkv, chunk, WINDOW), whole[chunk])
+    layer = LayerInput(torch.empty_like(qkv), WINDOW)
+    for start in range(0, 60, 25):
+        layer.put(slice(start, start + 25), qkv[start : start + 25])
+    torch.testing.assert_close(layer.attend(chunk), whole[chunk])
 
 
 def test_several_spans_are_refused(model: MoETransformer) -> None:

@@ -1,0 +1,159 @@
+"""From a stack of slices to the model's regular grid, and back to every pixel.
+
+The grid's axes are the stack's own, turned and mirrored to the patient's (superior,
+posterior, left): no oblique rotation, so both ways are products along one axis at a time.
+A tilted gantry moves each slice within its plane and unequal steps its place along the
+normal; both are in the weights.  Going down in resolution averages (a triangle as wide as
+the coarser of both grids), so that fine noise does not alias.
+
+Coordinates are DICOM's patient axes, millimetres.
+
+Legend: K J I slices, rows and columns of the stack; Z Y X axes of the grid.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apps.imaging.stack import SliceStack
+
+AIR_HU = -1024.0
+Places = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class PatientGrid:
+    """A regular grid along a stack's axes.
+
+    Args:
+        stack: What it was made for.
+        mm: Edge of its cubic voxels.
+    """
+
+    stack: SliceStack
+    mm: float
+
+    @cached_property
+    def axes(self) -> tuple[tuple[int, bool], ...]:
+        """For each grid axis the stack's axis (0 slices, 1 rows, 2 columns), and if mirrored."""
+        stack = self.stack
+        ours = np.stack([stack.normal, stack.column_axis, stack.row_axis])
+        patient = np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        cosines = patient @ ours.T
+        chosen: list[int] = []
+        for row in np.abs(cosines):
+            open_ = [axis for axis in range(3) if axis not in chosen]
+            chosen.append(max(open_, key=lambda axis: row[axis]))
+        return tuple((axis, bool(cosines[i, axis] < 0)) for i, axis in enumerate(chosen))
+
+    @cached_property
+    def shears_mm(self) -> Places:
+        """Shift of each slice against the first along rows and columns, float64 [K, 2]."""
+        moved = self.stack.origins_mm - self.stack.origins_mm[0]
+        return np.stack([moved @ self.stack.column_axis, moved @ self.stack.row_axis], axis=1)
+
+    @cached_property
+    def places_mm(self) -> tuple[Places, ...]:
+        """Centres of the grid's voxels along the stack's axes, from the first pixel's centre."""
+        stack, edge = self.stack, self.mm
+        down, across = stack.pixel_mm
+        positions = stack.positions_mm - stack.positions_mm[0]
+        ends = (
+            (0.0, float(positions[-1])),
+            (
+                self.shears_mm[:, 0].min(),
+                self.shears_mm[:, 0].max() + down * (stack.hu.shape[1] - 1),
+            ),
+            (
+                self.shears_mm[:, 1].min(),
+                self.shears_mm[:, 1].max() + across * (stack.hu.shape[2] - 1),
+            ),
+        )
+        found = []
+        for low, high in ends:
+            num = max(round((high - low) / edge) + 1, 1)
+            found.append((low + high) / 2 + edge * (np.arange(num) - (num - 1) / 2))
+        return tuple(found)
+
+    def sample(self) -> NDArray[np.float32]:
+        """Return the stack's Hounsfield units on the grid, float32 [Z, Y, X]."""
+        stack = self.stack
+        k_places, j_places, i_places = self.places_mm
+        positions = stack.positions_mm - stack.positions_mm[0]
+        along = _weights(positions, k_places, self.mm)
+        flat = np.empty((stack.num_slices, j_places.size, i_places.size), dtype=np.float32)
+        down = across = np.empty(0, dtype=np.float32)
+        for k, shear in enumerate(self.shears_mm):
+            if k == 0 or (np.abs(shear - self.shears_mm[k - 1]) > 1e-3).any():
+                down = self._plane_weights(0, shear[0], j_places)
+                across = self._plane_weights(1, shear[1], i_places).T.copy()
+            inside = stack.hu[k].astype(np.float32) - np.float32(AIR_HU)
+            np.matmul(down, inside @ across, out=flat[k])
+        grid = (along @ flat.reshape(stack.num_slices, -1)).reshape(-1, *flat.shape[1:])
+        grid += np.float32(AIR_HU)
+        return np.ascontiguousarray(self._to_patient(grid))
+
+    def spread(self, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return grid values at every pixel of the stack, nearest voxel, uint8 [K, J, I]."""
+        stack = self.stack
+        grid = self._from_patient(values)
+        k_places, j_places, i_places = self.places_mm
+        k_near = _nearest(stack.positions_mm - stack.positions_mm[0], k_places)
+        down = stack.pixel_mm[0] * np.arange(stack.hu.shape[1])
+        across = stack.pixel_mm[1] * np.arange(stack.hu.shape[2])
+        out = np.empty(stack.hu.shape, dtype=np.uint8)
+        for k, shear in enumerate(self.shears_mm):
+            j_near = _nearest(down + shear[0], j_places)
+            i_near = _nearest(across + shear[1], i_places)
+            out[k] = grid[k_near[k]][j_near][:, i_near]
+        return out
+
+    def _plane_weights(self, axis: int, shear_mm: float, places: Places) -> NDArray[np.float32]:
+        pixels = np.arange(self.stack.hu.shape[axis + 1], dtype=np.float64)
+        return _weights(self.stack.pixel_mm[axis] * pixels + shear_mm, places, self.mm)
+
+    @property
+    def _mirrors(self) -> tuple[slice, ...]:
+        return tuple(slice(None, None, -1 if mirrored else 1) for _, mirrored in self.axes)
+
+    def _to_patient(self, grid: NDArray[np.float32]) -> NDArray[np.float32]:
+        turned = grid.transpose([axis for axis, _ in self.axes])
+        upright: NDArray[np.float32] = turned[self._mirrors]
+        return upright
+
+    def _from_patient(self, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        back = np.argsort([axis for axis, _ in self.axes])
+        return np.ascontiguousarray(values[self._mirrors].transpose(back))
+
+
+def _weights(have: Places, want: Places, edge: float) -> NDArray[np.float32]:
+    """Return what each sample contributes to each wanted place, float32 [want, have].
+
+    A triangle as wide as the wanted step, or as the local step of the samples where that is
+    wider; rows sum to 1 inside the samples, and to less where a place is beside them.
+    """
+    if have.size == 1:
+        alone: NDArray[np.float32] = (np.abs(want - have[0]) <= edge / 2).astype(np.float32)
+        return alone[:, None]
+    steps = np.diff(have)
+    local = np.interp(want, (have[1:] + have[:-1]) / 2, steps)
+    reach = np.maximum(edge, local)[:, None]
+    weights = np.maximum(1.0 - np.abs(want[:, None] - have[None, :]) / reach, 0.0)
+    # each sample stands for the length around it, which unequal steps make unequal
+    weights *= np.gradient(have)[None, :]
+    total = weights.sum(axis=1, keepdims=True)
+    beside = (want < have[0] - steps[0]) | (want > have[-1] + steps[-1])
+    weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    weights[beside] = 0.0
+    narrow: NDArray[np.float32] = weights.astype(np.float32)
+    return narrow
+
+
+def _nearest(want: Places, have: Places) -> NDArray[np.int64]:
+    """Return the index of the nearest of rising, equally spaced places."""
+    if have.size == 1:
+        return np.zeros(want.size, dtype=np.int64)
+    index: NDArray[np.int64] = np.rint((want - have[0]) / (have[1] - have[0])).astype(np.int64)
+    return index.clip(0, have.size - 1)
