@@ -101,14 +101,31 @@ class PatientGrid:
         grid = self._from_patient(values)
         k_places, j_places, i_places = self.places_mm
         k_near = _nearest(stack.positions_mm - stack.positions_mm[0], k_places)
-        down = stack.pixel_mm[0] * np.arange(stack.hu.shape[1])
-        across = stack.pixel_mm[1] * np.arange(stack.hu.shape[2])
+        down = stack.pixel_mm[0] * np.arange(stack.hu.shape[1], dtype=np.float64)
+        across = stack.pixel_mm[1] * np.arange(stack.hu.shape[2], dtype=np.float64)
         out = np.empty(stack.hu.shape, dtype=np.uint8)
         for k, shear in enumerate(self.shears_mm):
             j_near = _nearest(down + shear[0], j_places)
             i_near = _nearest(across + shear[1], i_places)
             out[k] = grid[k_near[k]][j_near][:, i_near]
         return out
+
+    def gather(self, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return the value of the nearest pixel at every grid voxel, uint8 [Z, Y, X]."""
+        stack = self.stack
+        k_places, j_places, i_places = self.places_mm
+        positions = stack.positions_mm - stack.positions_mm[0]
+        k_near = np.abs(k_places[:, None] - positions[None, :]).argmin(axis=1)
+        down = stack.pixel_mm[0] * np.arange(stack.hu.shape[1], dtype=np.float64)
+        across = stack.pixel_mm[1] * np.arange(stack.hu.shape[2], dtype=np.float64)
+        grid = np.empty((k_places.size, j_places.size, i_places.size), dtype=np.uint8)
+        for z, k in enumerate(k_near):
+            shear = self.shears_mm[k]
+            rows = _nearest(j_places - shear[0], down)
+            columns = _nearest(i_places - shear[1], across)
+            grid[z] = values[k][rows][:, columns]
+        upright: NDArray[np.uint8] = grid.transpose([axis for axis, _ in self.axes])[self._mirrors]
+        return np.ascontiguousarray(upright)
 
     def _plane_weights(self, axis: int, shear_mm: float, places: Places) -> NDArray[np.float32]:
         pixels = np.arange(self.stack.hu.shape[axis + 1], dtype=np.float64)

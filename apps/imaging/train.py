@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from apps.imaging.resample import AIR_HU
-from apps.imaging.windows import PATCH, WINDOW, WindowPlan
+from apps.imaging.windows import PATCH, WINDOW, Canvas, Floats, WindowPlan
 from core_model.balance import expert_load, move_bias
 from core_model.model import MoETransformer
 from core_model.packing import Encoded, RaggedBatch, offsets_from_lengths
@@ -237,3 +237,22 @@ def train_volumes(
             progress(step, settings.steps, float(loss.detach()))
     average.install()
     model.eval()
+
+
+@torch.no_grad()
+def infer_labels(model: MoETransformer, hu: Floats) -> tuple[NDArray[np.uint8], ...]:
+    """Return labels, confidence and local share of a case on its grid, as served."""
+    device = str(next(model.parameters()).device)
+    plan = WindowPlan(hu)
+    num_labels = cast("VoxelHead", model.heads[TASK]).num_labels
+    canvas = Canvas(plan, hu.shape, num_labels)
+    for corner in plan.corners:
+        window = plan.cut(corner)
+        extras = {
+            "cell": torch.from_numpy(window.cell).to(device),
+            "place": torch.from_numpy(window.place_mm).to(device),
+        }
+        cu_seqlens = torch.tensor([0, len(window.hu)], dtype=torch.int32, device=device)
+        batch = RaggedBatch(torch.from_numpy(window.hu).to(device), cu_seqlens, extras)
+        canvas.add(window, model({TASK: batch}).outputs[TASK][0].cpu().numpy())
+    return canvas.join()
