@@ -46,8 +46,9 @@ def unmet_need(phase: str) -> str:
 class PhaseReport:
     """Orders tests by phase, skips what cannot run here, and reports each phase in one line."""
 
-    def __init__(self, required: list[str]) -> None:
+    def __init__(self, required: list[str], *, is_whole: bool) -> None:
         self.required = required
+        self.is_whole = is_whole
         self.phases: dict[str, str] = {}
         self.unmet: dict[str, str] = {}
         self.seconds = dict.fromkeys(PHASES, 0.0)
@@ -69,11 +70,12 @@ class PhaseReport:
             self.outcomes[phase, report.outcome] += 1
 
     def broken_promises(self) -> list[str]:
-        """Return the required phases of which a test was skipped, or none passed."""
+        """Return the required phases of which a test was skipped, or of a whole run none passed."""
         return [
             phase
             for phase in self.required
-            if self.outcomes[phase, "skipped"] or not self.outcomes[phase, "passed"]
+            if self.outcomes[phase, "skipped"]
+            or (self.is_whole and not self.outcomes[phase, "passed"])
         ]
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -98,7 +100,8 @@ class PhaseReport:
 
 def pytest_configure(config: pytest.Config) -> None:
     required = [phase for phase in os.environ.get("TRIMOE_REQUIRE", "").split(",") if phase]
-    config.pluginmanager.register(PhaseReport(required), "trimoe-phases")
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    config.pluginmanager.register(PhaseReport(required, is_whole=is_whole), "trimoe-phases")
 
 
 @pytest.fixture(scope="session")

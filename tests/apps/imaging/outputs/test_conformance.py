@@ -20,6 +20,8 @@ from apps.imaging.outputs.settings import OutputSettings
 from apps.imaging.outputs.write import write_case
 from tests.apps.imaging.outputs.scan import KEY, Sample
 
+pytestmark = pytest.mark.slow
+
 OBJECTS = ("segmentation", "measurements", "capture", "pdf_dicom")
 IODS = {
     "segmentation": "segmentation",
