@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from cluster.engine import Engine
+from cluster.errors import UnavailableError
 from cluster.loading import LoadedModel, load_checkpoint
 from cluster.scheduler import Limits
 from cluster.schemas import InferRequest, InferResponse
@@ -39,7 +40,13 @@ class LocalClient:
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Answer one request (see ``cluster.client.Client``)."""
-        answer = asyncio.run_coroutine_threadsafe(self._engine.infer(request), self._loop)
+        question = self._engine.infer(request)
+        try:
+            answer = asyncio.run_coroutine_threadsafe(question, self._loop)
+        except RuntimeError as error:
+            question.close()
+            message = f"request {request.request_id}: expected an open client, got a closed one"
+            raise UnavailableError(message) from error
         return await asyncio.wrap_future(answer)
 
     def close(self) -> None:

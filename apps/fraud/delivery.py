@@ -81,6 +81,7 @@ class Delivery:
     num_dead_letters: int = 0
     num_repeats: int = 0
     _waiting: deque[_Waiting] = field(default_factory=deque)
+    _unwritten: Snapshot | None = None
     _writing: "asyncio.Task[Path] | None" = None
     _num_partitions: dict[str, int] = field(default_factory=dict)
 
@@ -166,9 +167,9 @@ class Delivery:
             for sent in done.sent:
                 tp = TopicPartition(sent.record.topic, sent.record.partition)
                 self.answered.settle(tp, sent.record.offset)
-            if done.snapshot is not None:
-                self._write(done.snapshot)
+            self._unwritten = done.snapshot or self._unwritten
             moved = True
+        self._write_newest()
         if moved:
             self.stream.commit(self.answered.moved())
 
@@ -179,17 +180,22 @@ class Delivery:
         kept = [item for item in sent if item.ack.exception is None]
         self._waiting.appendleft(_Waiting(kept + again, snapshot))
 
-    def _write(self, snapshot: Snapshot) -> None:
-        if self.worker_dir is None or (self._writing is not None and not self._writing.done()):
-            return  # the next one comes in a period
-        self._writing = asyncio.create_task(
-            asyncio.to_thread(write_snapshot, self.worker_dir, snapshot, self.now_ms())
-        )
+    def _write_newest(self) -> None:
+        """Begin to write the newest snapshot, unless another is still being written."""
+        if self._unwritten is None or self.worker_dir is None:
+            return
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.create_task(
+                asyncio.to_thread(write_snapshot, self.worker_dir, self._unwritten, self.now_ms())
+            )
+            self._unwritten = None
 
     async def drain(self) -> None:
         """Wait until every answer is acknowledged and the last snapshot is written."""
         while self._waiting:
             self.settle()
             await asyncio.sleep(_ACK_LOOK_S)
-        if self._writing is not None:
+        while self._writing is not None:
             await self._writing
+            self._writing = None
+            self._write_newest()

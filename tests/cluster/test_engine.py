@@ -93,6 +93,13 @@ def test_shared_ragged_steps_answer_as_one_by_one(load_tiny: Load, make_request:
     serve(model, use)
 
 
+def test_a_closed_client_says_so(load_tiny: Load, make_request: Make) -> None:
+    with LocalClient(load_tiny()) as client:
+        infer_blocking(client, make_request())
+    with pytest.raises(UnavailableError, match="r0: expected an open client"):
+        infer_blocking(client, make_request(request_id="r0"))
+
+
 def test_request_spread_over_steps_comes_back_whole(load_tiny: Load, make_request: Make) -> None:
     model = load_tiny()
     request = make_request(tuple([7] * 40), deadline_ms=60_000.0, service_class=ServiceClass.BATCH)

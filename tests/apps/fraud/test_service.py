@@ -18,7 +18,7 @@ from apps.fraud.intake import Schemas
 from apps.fraud.labels import LabelSchema
 from apps.fraud.ledger import DUPLICATE_HEADER
 from apps.fraud.memory import MemoryLog, MemoryRecord, MemoryStream
-from apps.fraud.recovery import read_snapshot
+from apps.fraud.recovery import Snapshot, read_snapshot, write_snapshot
 from apps.fraud.scoring import Scorer
 from apps.fraud.service import FraudService
 from apps.fraud.settings import ServiceSettings, Topics
@@ -314,6 +314,21 @@ def test_restart_answers_the_rest_with_the_features_of_an_unbroken_run(tmp_path:
     run(unbroken, AmountClient())
     assert len(decisions(broken)) == 60
     assert digest_of(broken) == digest_of(unbroken)
+
+
+def test_the_last_snapshot_is_written_also_while_another_one_still_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_slowly(directory: Path, snapshot: Snapshot, sequence: int) -> Path:
+        time.sleep(0.1)
+        return write_snapshot(directory, snapshot, sequence)
+
+    monkeypatch.setattr("apps.fraud.delivery.write_snapshot", write_slowly)
+    log = new_log()
+    send(log, *(payment(i) for i in range(30)))
+    run(log, AmountClient(), ServiceSettings(state_dir=tmp_path, snapshot_period_s=0.001))
+    newest = max(tmp_path.glob("worker-0/*.npz"))
+    assert sum(read_snapshot(newest).positions.values()) == 30
 
 
 def digest_of(log: MemoryLog) -> dict[object, object]:
