@@ -18,7 +18,7 @@ from apps.imaging.resample import PatientGrid
 from apps.imaging.stack import SliceStack
 from apps.imaging.windows import GRID_MM, Canvas, Window, WindowPlan
 from cluster.client import Client
-from cluster.errors import InvalidRequestError
+from cluster.errors import InvalidRequestError, TrimoeError
 from cluster.schemas import InferRequest, SequenceStatus, ServiceClass
 
 TASK = "organs"
@@ -69,23 +69,23 @@ async def segment(
         raise ValueError(message)
     watch = Stopwatch()
     grid = PatientGrid(case.stack, GRID_MM)
-    hu = grid.sample()
+    hu = await asyncio.to_thread(grid.sample)
     watch.lap("resample")
-    plan = WindowPlan(hu)
+    plan = await asyncio.to_thread(WindowPlan, hu)
     canvas = Canvas(plan, hu.shape, 1 + len(ORGANS))
     version = await _ask_all(case.case_id, plan, canvas, client, tenant)
-    labels, sure, share = canvas.join()
+    labels, sure, share = await asyncio.to_thread(canvas.join)
     watch.lap("infer")
     unusual = calibration.unusual(profile(grid, hu))
-    on_slices = [grid.spread(values) for values in (labels, sure, share)]
-    organs = measure(case.stack, on_slices[0], on_slices[1], calibration)
+    labels, sure, share = await asyncio.to_thread(_spread, grid, (labels, sure, share))
+    organs = await asyncio.to_thread(measure, case.stack, labels, sure, calibration)
     found = [organ.confidence for organ in organs if organ.box is not None]
     confidence = case_confidence(found, unusual, case.reasons)
     watch.lap("measure")
     return Findings(
-        labels=on_slices[0],
-        confidence=on_slices[1],
-        local_share=on_slices[2],
+        labels=labels,
+        confidence=sure,
+        local_share=share,
         organs=organs,
         unusual=unusual,
         confidence_case=confidence,
@@ -103,7 +103,7 @@ async def _ask_all(
 
     async def ask(number: int, corner: tuple[int, int, int]) -> None:
         async with room:
-            window = plan.cut(corner)
+            window = await asyncio.to_thread(plan.cut, corner)
             response = await client.infer(_request(f"{case_id}/{number}", tenant, window))
             if response.status.any() or response.outputs.dtype != np.uint8:
                 message = (
@@ -111,13 +111,22 @@ async def _ask_all(
                     f"got {response.status.tolist()} and {response.outputs.dtype}"
                 )
                 raise InvalidRequestError(message)
-            canvas.add(window, response.outputs)
+            canvas.add(window, response.outputs)  # on the loop: windows overlap
             versions.add(response.model_version)
 
-    async with asyncio.TaskGroup() as group:
-        for number, corner in enumerate(plan.corners):
-            group.create_task(ask(number, corner))
+    try:
+        async with asyncio.TaskGroup() as group:
+            for number, corner in enumerate(plan.corners):
+                group.create_task(ask(number, corner))
+    except* TrimoeError as group_error:
+        raise group_error.exceptions[0] from None
     return "+".join(sorted(versions))
+
+
+def _spread(
+    grid: PatientGrid, volumes: tuple[NDArray[np.uint8], ...]
+) -> tuple[NDArray[np.uint8], ...]:
+    return tuple(grid.spread(volume) for volume in volumes)
 
 
 def _request(request_id: str, tenant: str, window: Window) -> InferRequest:

@@ -85,6 +85,7 @@ def test_nothing_starves_behind_an_endless_stream(
     in_loop(scenario)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     st.dictionaries(st.sampled_from("abcd"), st.sampled_from([1.0, 2.0, 4.0]), min_size=2),

@@ -139,6 +139,7 @@ JSON_VALUES = st.recursive(
 FIELDS = ["request_id", "tenant", "task", "service_class", "deadline_ms", "model_version"]
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(
     st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=5), JSON_VALUES),

@@ -119,6 +119,7 @@ def test_a_broker_that_cannot_start_is_one_line(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_broker_that_hangs_on_is_killed(tmp_path: Path) -> None:
     """The stop signal is ignored by this one; what is left after the block is nothing."""
     (port,) = free_ports(1)

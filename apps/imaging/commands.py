@@ -1,0 +1,93 @@
+"""The command lines of the imaging application; what they do is imported when they run."""
+
+import argparse
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TypeAlias
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add ``trimoe imaging ...``."""
+    imaging = subparsers.add_parser(
+        "imaging", help="batch CT imaging: a folder of studies in, reports and segmentations out"
+    )
+    commands = imaging.add_subparsers(dest="imaging_command", required=True, metavar="COMMAND")
+    _add_run(commands)
+    _add_verify(commands)
+
+
+def _later(module: str, function: str) -> Callable[[argparse.Namespace], int]:
+    """Return a runner that imports its module when it is called."""
+
+    def run(args: argparse.Namespace) -> int:
+        runner: Callable[[argparse.Namespace], int] = getattr(import_module(module), function)
+        return runner(args)
+
+    return run
+
+
+def _add_run(commands: Subparsers) -> None:
+    parser = commands.add_parser("run", help="process every case below a path, once")
+    parser.add_argument("input", type=Path, metavar="INPUT", help="folder, archive or file")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the batch in DIR where it ended"
+    )
+    parser.add_argument(
+        "--shard",
+        default="0/1",
+        metavar="I/N",
+        help="every N-th case from I; runs of other shards share DIR",
+    )
+    parser.add_argument(
+        "--in-flight", type=_positive, default=2, metavar="N", help="cases a worker holds at once"
+    )
+    parser.add_argument("--key", type=Path, metavar="FILE", help="signs; made on first use")
+    _add_workers(parser)
+    parser.set_defaults(run=_later("apps.imaging.service", "run"))
+
+
+def _add_verify(commands: Subparsers) -> None:
+    parser = commands.add_parser("verify", help="check signature and files, run a sample again")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="output of a run")
+    parser.add_argument("--sample", type=_count, default=3, metavar="N", help="cases to run again")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="chooses them")
+    parser.add_argument("--input", type=Path, metavar="INPUT", help="default: as it was run with")
+    parser.add_argument(
+        "--public-key", type=Path, metavar="FILE", help="who must have signed; default: DIR's own"
+    )
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="empty, for the sample; default: a temporary one"
+    )
+    _add_workers(parser)
+    parser.set_defaults(run=_later("apps.imaging.service", "verify"))
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=_positive, default=2, metavar="N")
+    parser.add_argument(
+        "--address",
+        metavar="auto|HOST:PORT|ray://..",
+        help="a running Ray cluster with the platform; default: RAY_ADDRESS, else a local one",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        message = f"expected 0 or more, got {number}"
+        raise argparse.ArgumentTypeError(message)
+    return number
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        message = f"expected 1 or more, got {number}"
+        raise argparse.ArgumentTypeError(message)
+    return number
