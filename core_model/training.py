@@ -8,8 +8,9 @@ the traffic and not for the sample.
 Legend: B sequences, L layers, E experts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,15 +85,42 @@ class WeightAverage:
             parameter.copy_(total / self._mass)
 
 
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return parameter groups for an optimizer: matrices and kernels decay, vectors do not."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+
+
+@torch.no_grad()
+def settle_norms(model: MoETransformer, task: str, batches: Iterable[RaggedBatch]) -> None:
+    """Measure the statistics of batch norms anew: those of averaged weights are no average.
+
+    Args:
+        model: Ends in evaluation mode.
+        task: Whose batches follow.
+        batches: A few hundred sequences of the training data.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm3d)]
+    usual = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over what follows
+    model.train()
+    for batch in batches:
+        model({task: batch})
+    for norm, momentum in zip(norms, usual, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
 def _optimizer(
     model: nn.Module, settings: TrainSettings, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups = decay_groups(model, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.peak_lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.peak_lr, total_steps=steps, pct_start=0.15

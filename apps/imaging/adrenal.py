@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from apps.imaging.windows import CASE_EDGE, GRID_MM, PATCH
 from core_model.balance import expert_load, move_bias
 from core_model.model import MoETransformer
 from core_model.packing import RaggedBatch, offsets_from_lengths
-from core_model.training import WeightAverage
+from core_model.training import WeightAverage, decay_groups, settle_norms
 from core_model.volume_tasks import SHAPE_GRIDS
 
 TISSUE_HU = 240.0
@@ -136,13 +136,7 @@ def train_shapes(
     """
     task, generator = TASKS[masks.shape[1]], torch.Generator().manual_seed(seed)
     steps_each = masks.shape[0] // settings.batch_size
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.peak_lr)
+    optimizer = torch.optim.AdamW(decay_groups(model, settings.weight_decay), lr=settings.peak_lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.peak_lr, total_steps=settings.epochs * steps_each, pct_start=0.2
     )
@@ -168,22 +162,7 @@ def train_shapes(
                 average.update()
         progress(epoch, settings.epochs, float(torch.stack(losses).mean()))
     average.install()
-    settle_norms(model, masks, task)
-
-
-@torch.no_grad()
-def settle_norms(model: MoETransformer, masks: Tensor, task: str) -> None:
-    """Measure the batch norms' statistics anew: those of averaged weights are no average."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm3d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = cast("float", None)  # a plain mean over what follows
-    model.train()
-    for part in masks.split(64)[:16]:
-        model({task: pack_shapes(part)})
-    for norm in norms:
-        norm.momentum = 0.1
-    model.eval()
+    settle_norms(model, task, (pack_shapes(part) for part in masks.split(64)[:16]))
 
 
 @torch.no_grad()

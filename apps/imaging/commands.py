@@ -17,6 +17,8 @@ def add_parser(subparsers: Subparsers) -> None:
     commands = imaging.add_subparsers(dest="imaging_command", required=True, metavar="COMMAND")
     _add_run(commands)
     _add_verify(commands)
+    _add_train(commands)
+    _add_evaluate(commands)
 
 
 def _later(module: str, function: str) -> Callable[[argparse.Namespace], int]:
@@ -64,6 +66,41 @@ def _add_verify(commands: Subparsers) -> None:
     )
     _add_workers(parser)
     parser.set_defaults(run=_later("apps.imaging.service", "verify"))
+
+
+def _add_train(commands: Subparsers) -> None:
+    parser = commands.add_parser("train", help="weights and calibration of the organ task")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, metavar="DIR", help="folder of pt_*.npz, as OpenKBP's")
+    source.add_argument("--phantoms", type=_positive, metavar="N", help="generated anatomy")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    _add_training(parser)
+    parser.set_defaults(run=_later("apps.imaging.fit", "main"))
+
+
+def _add_evaluate(commands: Subparsers) -> None:
+    parser = commands.add_parser("evaluate", help="the public protocols, beside baselines")
+    parser.add_argument("--task", choices=("adrenal", "organs"), required=True)
+    parser.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="adrenalmnist3d*.npz, or OpenKBP's folder with train and validation",
+    )
+    parser.add_argument("--seeds", type=_positive, default=5, metavar="N", help="of adrenal")
+    parser.add_argument("--epochs", type=_count, default=0, metavar="N", help="of adrenal")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    _add_training(parser)
+    parser.set_defaults(run=_later("apps.imaging.evaluate", "main"))
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="base", metavar="NAME", help="sizes of the shared core")
+    parser.add_argument("--seconds", type=float, default=1800.0, help="of training, each")
+    parser.add_argument("--loaders", type=_count, default=0, metavar="N", help="processes that cut")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:

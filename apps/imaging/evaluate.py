@@ -228,7 +228,7 @@ def evaluate_organs(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         message = f"{data}: expected train/pt_*.npz and validation/pt_*.npz, found none"
         raise FileNotFoundError(message)
     say(f"{len(train)} patients to train on, {len(test)} to report on")
-    settings = VolumeSettings(steps=10**9, seconds=args.seconds, workers=args.workers)
+    settings = VolumeSettings(steps=10**9, seconds=args.seconds, workers=args.loaders)
     volumes = [patient.volume for patient in train]
     run = OrganProtocol(volumes, test, settings, args.device, args.preset, say)
     variants = {

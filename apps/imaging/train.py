@@ -9,6 +9,7 @@ Legend: n windows, L labels, Z Y X voxels, V voxels of a patch.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -23,12 +24,13 @@ from apps.imaging.windows import PATCH, WINDOW, Canvas, Floats, WindowPlan
 from core_model.balance import expert_load, move_bias
 from core_model.model import MoETransformer
 from core_model.packing import Encoded, RaggedBatch, offsets_from_lengths
-from core_model.training import WeightAverage
+from core_model.training import WeightAverage, decay_groups, settle_norms
 
 if TYPE_CHECKING:
     from core_model.voxels import VoxelHead
 
 TASK = "organs"
+SETTLING = 60  # batches that the norms are measured on
 Progress = Callable[[int, int, float], None]
 
 
@@ -102,18 +104,7 @@ class WindowDraws(IterableDataset[tuple[Mapping[str, Tensor], Tensor]]):
         labels = np.pad(volume.labels, room)
         hu = vary_density(hu, rng)
         plan = WindowPlan(hu)
-        inside = labels[plan.body]
-        corner = self._corner(plan, inside, rng)
-        window = plan.cut(corner)
-        edges = [PATCH * w for w in WINDOW]
-        target = np.zeros(edges, dtype=np.uint8)
-        low = [PATCH * c for c in corner]
-        box = inside[tuple(slice(a, a + e) for a, e in zip(low, edges, strict=True))]
-        target[tuple(slice(n) for n in box.shape)] = box
-        rows = {"hu": window.hu, "cell": window.cell, "place": window.place_mm}
-        return {name: torch.from_numpy(each) for name, each in rows.items()}, torch.from_numpy(
-            target
-        )
+        return draw_at(plan, labels, self._corner(plan, labels[plan.body], rng))
 
     def _corner(
         self, plan: WindowPlan, inside: NDArray[np.uint8], rng: np.random.Generator
@@ -129,6 +120,21 @@ class WindowDraws(IterableDataset[tuple[Mapping[str, Tensor], Tensor]]):
             first = rng.integers(0, room + 1)
         z, y, x = np.clip(first, 0, room)
         return int(z), int(y), int(x)
+
+
+def draw_at(
+    plan: WindowPlan, labels: NDArray[np.uint8], corner: tuple[int, int, int]
+) -> tuple[Mapping[str, Tensor], Tensor]:
+    """Return the rows of a window and the labels of its voxels, uint8 [Z, Y, X]."""
+    window = plan.cut(corner)
+    edges = [PATCH * w for w in WINDOW]
+    low = [PATCH * c for c in corner]
+    target = np.zeros(edges, dtype=np.uint8)
+    box = labels[plan.body][tuple(slice(a, a + e) for a, e in zip(low, edges, strict=True))]
+    target[tuple(slice(n) for n in box.shape)] = box
+    rows = {"hu": window.hu, "cell": window.cell, "place": window.place_mm}
+    tensors = {name: torch.from_numpy(each) for name, each in rows.items()}
+    return tensors, torch.from_numpy(target)
 
 
 def vary_density(hu: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
@@ -202,15 +208,7 @@ def train_volumes(
         collate_fn=collate,
         pin_memory=device != "cpu",
     )
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=settings.peak_lr,
-    )
+    optimizer = torch.optim.AdamW(decay_groups(model, settings.weight_decay), lr=settings.peak_lr)
     average = WeightAverage(model, settings.average_decay)
     began = time.perf_counter()
     model.train()
@@ -236,7 +234,7 @@ def train_volumes(
         if step % 20 == 0:
             progress(step, settings.steps, float(loss.detach()))
     average.install()
-    model.eval()
+    settle_norms(model, TASK, (to_device(batch, device) for batch, _ in islice(loader, SETTLING)))
 
 
 @torch.no_grad()
