@@ -42,7 +42,7 @@ from cluster.errors import TrimoeError
 if TYPE_CHECKING:
     from cluster.workers import WorkerGroup
 
-REORDER_WAIT_MS = 500  # sender, broker and workers starve one another here; recovery is the test
+REORDER_WAIT_MS = 3000  # sender, broker and workers starve one another here; recovery is the test
 _RESTART_S = 30.0  # a worker process is back within seconds
 
 

@@ -75,7 +75,7 @@ def _add_train(commands: Subparsers) -> None:
     source.add_argument("--phantoms", type=_positive, metavar="N", help="generated anatomy")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     _add_training(parser)
-    parser.set_defaults(run=_later("apps.imaging.fit", "main"))
+    parser.set_defaults(run=_later("apps.imaging.training.fit", "main"))
 
 
 def _add_evaluate(commands: Subparsers) -> None:
@@ -93,7 +93,7 @@ def _add_evaluate(commands: Subparsers) -> None:
     parser.add_argument("--epochs", type=_count, default=0, metavar="N", help="of adrenal")
     parser.add_argument("--json", type=Path, metavar="FILE")
     _add_training(parser)
-    parser.set_defaults(run=_later("apps.imaging.evaluate", "main"))
+    parser.set_defaults(run=_later("apps.imaging.training.evaluate", "main"))
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:

@@ -16,13 +16,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from apps.imaging.batch import Batch, Shard
-from apps.imaging.driver import Crew, Hire, Outcome, run_batch
-from apps.imaging.evidence import default_key_path, fingerprint, signing_key
-from apps.imaging.layout import Layout
-from apps.imaging.process import Application, Record
-from apps.imaging.progress import progress_on
-from apps.imaging.workers import WorkerPlan, WorkerSettings
+from apps.imaging.batch.driver import Crew, Hire, Outcome, run_batch
+from apps.imaging.batch.evidence import default_key_path, fingerprint, signing_key
+from apps.imaging.batch.layout import Layout
+from apps.imaging.batch.plan import Batch, Shard
+from apps.imaging.batch.process import Application, Record
+from apps.imaging.batch.progress import progress_on
+from apps.imaging.batch.workers import WorkerPlan, WorkerSettings
 from cluster.errors import ConfigurationError
 from cluster.membership import choose_address, joined
 

@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from apps.imaging.bounds import Bounds
+from apps.imaging.batch.evidence import OWN, default_key_path
+from apps.imaging.batch.manifest import write_whole
+from apps.imaging.batch.process import Application, Record
+from apps.imaging.batch.verification import verify_command
 from apps.imaging.calibration import Calibration
-from apps.imaging.discovery import discover
-from apps.imaging.evidence import OWN, default_key_path
 from apps.imaging.launch import run_command
-from apps.imaging.manifest import write_whole
 from apps.imaging.outputs.settings import OutputSettings
 from apps.imaging.outputs.summary import CaseSummary, summarise
 from apps.imaging.outputs.write import write_batch, write_case
-from apps.imaging.process import Application, Record
-from apps.imaging.reading import read_case
+from apps.imaging.reading.bounds import Bounds
+from apps.imaging.reading.discovery import discover
+from apps.imaging.reading.door import read_case
+from apps.imaging.reading.source import Source
 from apps.imaging.segmentation import TASK, Stopwatch, segment
-from apps.imaging.source import Source
-from apps.imaging.verification import verify_command
 from cluster.client import Client
 from cluster.errors import ConfigurationError
 

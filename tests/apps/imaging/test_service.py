@@ -9,23 +9,23 @@ import nibabel
 import numpy as np
 import pytest
 
-from apps.imaging.bounds import Bounds
+from apps.imaging.batch.manifest import read_manifest
+from apps.imaging.batch.process import Application
+from apps.imaging.batch.verification import verify_command
 from apps.imaging.calibration import HU_EDGES, Calibration
-from apps.imaging.discovery import discover
 from apps.imaging.launch import run_command
-from apps.imaging.manifest import read_manifest
 from apps.imaging.outputs.settings import Kind, OutputSettings
-from apps.imaging.process import Application
-from apps.imaging.reading import read_case
+from apps.imaging.reading.bounds import Bounds
+from apps.imaging.reading.discovery import discover
+from apps.imaging.reading.door import read_case
 from apps.imaging.segmentation import ORGANS
 from apps.imaging.service import make_application, uid_key
-from apps.imaging.verification import verify_command
 from apps.imaging.windows import PATCH
 from cluster.errors import ConfigurationError
 from cluster.schemas import InferRequest, InferResponse, Timings
-from tests.apps.imaging.faults import dropped, generated_slices, write_all
-from tests.apps.imaging.small_batch import hire_thread
-from tests.apps.imaging.test_batch_commands import parsed
+from tests.apps.imaging.batch.small_batch import hire_thread
+from tests.apps.imaging.batch.test_batch_commands import parsed
+from tests.apps.imaging.reading.faults import dropped, generated_slices, write_all
 
 MANDIBLE = 1 + ORGANS.index("Mandible")
 BONE_HU = 200.0

@@ -1,0 +1,1 @@
+"""A batch of cases that ends with each of them exactly once: claims, journal, workers, manifest."""

@@ -1,0 +1,1 @@
+"""From files to slices: discovery, archives, DICOM, NIfTI, and the geometry between them."""

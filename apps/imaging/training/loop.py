@@ -1,0 +1,255 @@
+"""Training of the organ task on labelled volumes, patients or phantoms.
+
+Windows are cut by the functions that serve (``apps.imaging.windows``).
+
+Legend: n windows, L labels, Z Y X voxels, V voxels of a patch.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from apps.imaging.resample import AIR_HU
+from apps.imaging.windows import PATCH, WINDOW, Canvas, Floats, WindowPlan
+from core_model.balance import expert_load, move_bias
+from core_model.model import MoETransformer
+from core_model.packing import Encoded, RaggedBatch, offsets_from_lengths
+from core_model.training import WeightAverage, decay_groups, settle_norms
+
+if TYPE_CHECKING:
+    from core_model.voxels import VoxelHead
+
+TASK = "organs"
+SETTLING = 60  # batches that the norms are measured on
+Progress = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Volume:
+    """A labelled case on the model's grid.
+
+    Args:
+        hu: int16 [Z, Y, X].
+        labels: 0 = none, uint8 [Z, Y, X].
+    """
+
+    hu: NDArray[np.int16]
+    labels: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeSettings:
+    """Hyper-parameters.
+
+    Args:
+        steps: Optimizer steps at most.
+        seconds: Training time at most; the schedule follows whichever is nearer its end.
+        batch_size: Windows per step.
+        peak_lr: Learning rate at the top of the cycle.
+        weight_decay: On matrices and kernels.
+        organ_share: Share of windows that are drawn around a voxel of an organ.
+        deep_weight: Of the loss at a quarter of the resolution.
+        average_decay: Of the weight average, per step.
+        bias_rate: Step of the selection bias, falling linearly to 0.
+        workers: Processes that cut windows; 0 cuts between steps.
+    """
+
+    steps: int = 4000
+    seconds: float = float("inf")
+    batch_size: int = 4
+    peak_lr: float = 2e-3
+    weight_decay: float = 0.02
+    organ_share: float = 0.7
+    deep_weight: float = 0.3
+    average_decay: float = 0.995
+    bias_rate: float = 0.01
+    workers: int = 0
+
+
+class WindowDraws(IterableDataset[tuple[Mapping[str, Tensor], Tensor]]):
+    """Endless random windows of labelled volumes, as the model takes them.
+
+    Args:
+        volumes: What to draw from.
+        settings: How often an organ is aimed at.
+        seed: Of the draws.
+    """
+
+    def __init__(self, volumes: Sequence[Volume], settings: VolumeSettings, seed: int) -> None:
+        self._volumes, self._settings, self._seed = volumes, settings, seed
+
+    def __iter__(self) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+        """Yield rows of a window and the labels of its voxels [Z, Y, X]."""
+        info = get_worker_info()
+        rng = np.random.default_rng([self._seed, info.id if info else 0])
+        while True:
+            yield self.draw(rng)
+
+    def draw(self, rng: np.random.Generator) -> tuple[Mapping[str, Tensor], Tensor]:
+        """Return one window: a volume, shifted against the patch grid, scaled in density."""
+        volume = self._volumes[int(rng.integers(len(self._volumes)))]
+        shift = rng.integers(0, PATCH, 3)
+        room = [(int(s), 0) for s in shift]
+        hu = np.pad(volume.hu, room, constant_values=int(AIR_HU)).astype(np.float32)
+        labels = np.pad(volume.labels, room)
+        hu = vary_density(hu, rng)
+        plan = WindowPlan(hu)
+        return draw_at(plan, labels, self._corner(plan, labels[plan.body], rng))
+
+    def _corner(
+        self, plan: WindowPlan, inside: NDArray[np.uint8], rng: np.random.Generator
+    ) -> tuple[int, int, int]:
+        """Return the first patch of a window: around an organ's voxel, or anywhere."""
+        present = np.unique(inside)[1:]
+        room = np.array(plan.size) - np.array(WINDOW)
+        if present.size and rng.random() < self._settings.organ_share:
+            voxels = np.argwhere(inside == rng.choice(present))
+            aim = voxels[rng.integers(len(voxels))] // PATCH
+            first = aim - rng.integers(1, np.array(WINDOW) - 1)
+        else:
+            first = rng.integers(0, room + 1)
+        z, y, x = np.clip(first, 0, room)
+        return int(z), int(y), int(x)
+
+
+def draw_at(
+    plan: WindowPlan, labels: NDArray[np.uint8], corner: tuple[int, int, int]
+) -> tuple[Mapping[str, Tensor], Tensor]:
+    """Return the rows of a window and the labels of its voxels, uint8 [Z, Y, X]."""
+    window = plan.cut(corner)
+    edges = [PATCH * w for w in WINDOW]
+    low = [PATCH * c for c in corner]
+    target = np.zeros(edges, dtype=np.uint8)
+    box = labels[plan.body][tuple(slice(a, a + e) for a, e in zip(low, edges, strict=True))]
+    target[tuple(slice(n) for n in box.shape)] = box
+    rows = {"hu": window.hu, "cell": window.cell, "place": window.place_mm}
+    tensors = {name: torch.from_numpy(each) for name, each in rows.items()}
+    return tensors, torch.from_numpy(target)
+
+
+def vary_density(hu: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+    """Return densities as another scanner might give them: scaled, shifted, noisier."""
+    tissue = hu > AIR_HU + 1
+    gain, offset = rng.normal(1.0, 0.02), rng.normal(0.0, 12.0)
+    noise = rng.uniform(0.0, 15.0) * rng.standard_normal(hu.shape, dtype=np.float32)
+    return np.where(tissue, hu * np.float32(gain) + np.float32(offset) + noise, hu)
+
+
+def collate(
+    drawn: Sequence[tuple[Mapping[str, Tensor], Tensor]],
+) -> tuple[RaggedBatch, Tensor]:
+    """Pack windows end to end; labels int64 [n, Z, Y, X]."""
+    lengths = torch.tensor([rows["hu"].shape[0] for rows, _ in drawn])
+    joined = {name: torch.cat([rows[name] for rows, _ in drawn]) for name in drawn[0][0]}
+    extras = {"cell": joined["cell"], "place": joined["place"]}
+    batch = RaggedBatch(joined["hu"], offsets_from_lengths(lengths), extras)
+    return batch, torch.stack([target for _, target in drawn]).long()
+
+
+def to_device(batch: RaggedBatch, device: str) -> RaggedBatch:
+    """Return a batch on a device."""
+    extras = {name: each.to(device, non_blocking=True) for name, each in batch.extras.items()}
+    features = batch.features.to(device, non_blocking=True)
+    return RaggedBatch(features, batch.cu_seqlens.to(device, non_blocking=True), extras)
+
+
+def voxel_logits(model: MoETransformer, batch: RaggedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits [n, L, Z, Y, X], those at a quarter, and the chosen experts [layers, T, K]."""
+    encoded: Encoded = model.adapters[TASK](batch)
+    tokens_TD, experts_LTK = model.run_blocks(encoded.tokens_TD, [encoded.spans])
+    full, quarter = cast("VoxelHead", model.heads[TASK]).decode(tokens_TD, encoded)
+    return full, quarter, experts_LTK
+
+
+def dice_and_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return cross entropy plus one minus the soft Dice of the labels that are present."""
+    entropy = functional.cross_entropy(logits, labels)
+    shares = torch.softmax(logits, dim=1)
+    truth = functional.one_hot(labels, logits.shape[1]).movedim(-1, 1).to(shares.dtype)
+    axes = (0, 2, 3, 4)
+    overlap, mass, present = (shares * truth).sum(axes), (shares + truth).sum(axes), truth.sum(axes)
+    dice = (2.0 * overlap + 1.0) / (mass + 1.0)
+    wanted = (present > 0) & (torch.arange(logits.shape[1], device=labels.device) > 0)
+    return entropy + ((1.0 - dice) * wanted).sum() / wanted.sum().clamp(min=1)
+
+
+def train_volumes(
+    model: MoETransformer,
+    volumes: Sequence[Volume],
+    settings: VolumeSettings,
+    seed: int,
+    progress: Progress,
+) -> None:
+    """Train in place on the model's device; ends with averaged weights.
+
+    Args:
+        model: Serves the task ``organs``.
+        volumes: At least one.
+        settings: Hyper-parameters.
+        seed: Of the windows.
+        progress: Called with (step, steps, loss) every 20 steps.
+    """
+    device = str(next(model.parameters()).device)
+    draws = WindowDraws(volumes, settings, seed)
+    loader = DataLoader(
+        draws,
+        settings.batch_size,
+        num_workers=settings.workers,
+        collate_fn=collate,
+        pin_memory=device != "cpu",
+    )
+    optimizer = torch.optim.AdamW(decay_groups(model, settings.weight_decay), lr=settings.peak_lr)
+    average = WeightAverage(model, settings.average_decay)
+    began = time.perf_counter()
+    model.train()
+    for step, (batch, labels) in enumerate(loader):
+        done = max(step / settings.steps, (time.perf_counter() - began) / settings.seconds)
+        if done >= 1.0:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = settings.peak_lr * min(done / 0.05, 1.0) * (1.0 - done) ** 0.9
+        truth = labels.to(device, non_blocking=True)
+        full, quarter, experts_LTK = voxel_logits(model, to_device(batch, device))
+        coarse = truth[:, 2::4, 2::4, 2::4]
+        loss = dice_and_entropy(full, truth)
+        loss = loss + settings.deep_weight * dice_and_entropy(quarter, coarse)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        load = expert_load(experts_LTK, model.config.num_experts)
+        move_bias(model, load, settings.bias_rate * (1.0 - done))
+        if done >= 0.5:
+            average.update()
+        if step % 20 == 0:
+            progress(step, settings.steps, float(loss.detach()))
+    average.install()
+    settle_norms(model, TASK, (to_device(batch, device) for batch, _ in islice(loader, SETTLING)))
+
+
+@torch.no_grad()
+def infer_labels(model: MoETransformer, hu: Floats) -> tuple[NDArray[np.uint8], ...]:
+    """Return labels, confidence and local share of a case on its grid, as served."""
+    device = str(next(model.parameters()).device)
+    plan = WindowPlan(hu)
+    num_labels = cast("VoxelHead", model.heads[TASK]).num_labels
+    canvas = Canvas(plan, hu.shape, num_labels)
+    for corner in plan.corners:
+        window = plan.cut(corner)
+        extras = {
+            "cell": torch.from_numpy(window.cell).to(device),
+            "place": torch.from_numpy(window.place_mm).to(device),
+        }
+        cu_seqlens = torch.tensor([0, len(window.hu)], dtype=torch.int32, device=device)
+        batch = RaggedBatch(torch.from_numpy(window.hu).to(device), cu_seqlens, extras)
+        canvas.add(window, model({TASK: batch}).outputs[TASK][0].cpu().numpy())
+    return canvas.join()
