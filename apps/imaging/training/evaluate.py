@@ -288,8 +288,9 @@ def organ_figures(
     }
 
 
-def _rounded(values: NDArray[np.float64]) -> float:
-    return round(float(np.nanmean(values)), 4)
+def _rounded(values: NDArray[np.float64]) -> float | None:
+    """Return the mean over the patients that have the organ, None if none has."""
+    return None if np.isnan(values).all() else round(float(np.nanmean(values)), 4)
 
 
 def hausdorff95(

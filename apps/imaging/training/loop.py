@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from core_model.voxels import VoxelHead
 
 TASK = "organs"
-SETTLING = 60  # batches that the norms are measured on
 Progress = Callable[[int, int, float], None]
 
 
@@ -60,6 +59,7 @@ class VolumeSettings:
         deep_weight: Of the loss at a quarter of the resolution.
         average_decay: Of the weight average, per step.
         bias_rate: Step of the selection bias, falling linearly to 0.
+        settling: Batches that the norms are measured on at the end.
         workers: Processes that cut windows; 0 cuts between steps.
     """
 
@@ -72,6 +72,7 @@ class VolumeSettings:
     deep_weight: float = 0.3
     average_decay: float = 0.995
     bias_rate: float = 0.01
+    settling: int = 60
     workers: int = 0
 
 
@@ -233,7 +234,9 @@ def train_volumes(
         if step % 20 == 0:
             progress(step, settings.steps, float(loss.detach()))
     average.install()
-    settle_norms(model, TASK, (to_device(batch, device) for batch, _ in islice(loader, SETTLING)))
+    settle_norms(
+        model, TASK, (to_device(batch, device) for batch, _ in islice(loader, settings.settling))
+    )
 
 
 @torch.no_grad()

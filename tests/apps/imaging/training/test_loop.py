@@ -1,0 +1,90 @@
+"""Organ training: windows with their truth, the loss, and that something is learned."""
+
+import numpy as np
+import pytest
+import torch
+
+from apps.imaging.phantom import PhantomShape, make_phantom
+from apps.imaging.resample import PatientGrid
+from apps.imaging.training.loop import (
+    Volume,
+    VolumeSettings,
+    WindowDraws,
+    collate,
+    dice_and_entropy,
+    draw_at,
+    infer_labels,
+    train_volumes,
+    vary_density,
+    voxel_logits,
+)
+from apps.imaging.windows import PATCH, WINDOW, WindowPlan, from_patches
+from core_model.config import PRESETS
+from core_model.model import MoETransformer
+
+SMALL = PhantomShape(slices=40, pixels=64, slice_mm=6.0, pixel_mm=6.4, noise_hu=10.0)
+
+
+@pytest.fixture(scope="module")
+def volume() -> Volume:
+    stack, labels = make_phantom(0, SMALL)
+    grid = PatientGrid(stack, 3.0)
+    return Volume(grid.sample().round().astype(np.int16), grid.gather(labels))
+
+
+def test_the_truth_of_a_window_lies_where_its_voxels_do(volume: Volume) -> None:
+    marked = Volume(volume.hu, (np.abs(volume.hu) % 7).astype(np.uint8))
+    plan = WindowPlan(marked.hu.astype(np.float32))
+    for corner in plan.corners:
+        rows, target = draw_at(plan, marked.labels, corner)
+        cell = rows["cell"][:, 0].numpy()
+        own = cell < np.prod(WINDOW)
+        cells = np.full((int(np.prod(WINDOW)), PATCH**3), np.nan, dtype=np.float32)
+        cells[cell[own]] = rows["hu"].numpy()[own]
+        hu = from_patches(cells, WINDOW)
+        known = np.isfinite(hu) & (hu > -1000)
+        np.testing.assert_array_equal(target.numpy()[known], np.abs(hu[known]).astype(int) % 7)
+
+
+def test_windows_that_aim_at_organs_hold_one(volume: Volume) -> None:
+    draws = WindowDraws([volume], VolumeSettings(organ_share=1.0), seed=0)
+    rng = np.random.default_rng(0)
+    assert all(int(draws.draw(rng)[1].amax()) > 0 for _ in range(8))
+
+
+def test_variation_leaves_air_alone() -> None:
+    rng = np.random.default_rng(0)
+    hu = np.full((8, 8, 8), -1024.0, dtype=np.float32)
+    hu[2:6] = 50.0
+    varied = vary_density(hu, rng)
+    np.testing.assert_array_equal(varied[hu == -1024], -1024)
+    assert (varied[2:6] != 50).mean() > 0.9
+
+
+def test_the_loss_is_least_for_the_truth() -> None:
+    labels = torch.zeros(1, 8, 8, 8, dtype=torch.long)
+    labels[0, 2:5] = 2
+    right = torch.nn.functional.one_hot(labels, 4).movedim(-1, 1).float() * 20
+    wrong = right.roll(1, 1)
+    assert float(dice_and_entropy(right, labels)) < 0.01
+    assert float(dice_and_entropy(wrong, labels)) > 1.0
+
+
+@pytest.mark.slow
+def test_a_few_steps_lower_the_loss_and_labels_fit_the_case(volume: Volume) -> None:
+    torch.manual_seed(0)
+    model = MoETransformer(PRESETS["tiny"], ["organs"])
+    draws = WindowDraws([volume], VolumeSettings(), seed=1)
+    batch, labels = collate([draws.draw(np.random.default_rng(5)) for _ in range(2)])
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(dice_and_entropy(voxel_logits(model.train(), batch)[0], labels))
+
+    before = loss()
+    settings = VolumeSettings(steps=16, batch_size=1, peak_lr=6e-3, average_decay=0.5, settling=6)
+    train_volumes(model, [volume], settings, 0, lambda *_: None)
+    assert loss() < 0.85 * before
+    said, sure, share = infer_labels(model.eval(), volume.hu.astype(np.float32))
+    assert said.shape == sure.shape == share.shape == volume.hu.shape
+    assert said.max() <= 7
