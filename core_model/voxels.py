@@ -55,10 +55,9 @@ class VoxelHead(nn.Module):
     def forward(self, tokens_TD: Tensor, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """Return one row per window patch and their offsets int32 [n + 1]."""
         logits, _ = self.decode(tokens_TD, encoded)
-        best, label = logits.max(dim=1)
-        confidence = torch.exp(best - logits.logsumexp(dim=1))
-        if float(self.temperature) != 1.0:
-            confidence = torch.softmax(logits / self.temperature, dim=1).amax(dim=1)
+        scaled = logits / self.temperature
+        best, label = scaled.max(dim=1)
+        confidence = torch.exp(best - scaled.logsumexp(dim=1))
         spot_P, side = encoded.side["spot"], encoded.side
         rows = [
             patch_rows(label.to(torch.uint8), self.grid)[spot_P],

@@ -1,6 +1,6 @@
 """What validation cases taught about the model: when to believe it, and which cases are unlike.
 
-Stored beside the weights as ``calibration.json``.  The temperature of the probabilities is
+Stored beside the weights, as ``FILE``.  The temperature of the probabilities is
 part of the model itself.
 
 Legend: C values of a case's profile, L organs.
@@ -19,6 +19,7 @@ from apps.imaging.reasons import Reason
 from apps.imaging.resample import PatientGrid
 
 HU_EDGES = (-2000, -950, -700, -400, -150, -50, 0, 40, 80, 150, 300, 700, 1500, 4000)
+FILE = "calibration.json"
 MM_PER_HALF = 10.0  # a repair that may misplace anatomy so far halves the confidence
 
 

@@ -90,7 +90,6 @@ def _add_evaluate(commands: Subparsers) -> None:
         help="adrenalmnist3d*.npz, or OpenKBP's folder with train and validation",
     )
     parser.add_argument("--seeds", type=_positive, default=5, metavar="N", help="of adrenal")
-    parser.add_argument("--epochs", type=_count, default=0, metavar="N", help="of adrenal")
     parser.add_argument("--json", type=Path, metavar="FILE")
     _add_training(parser)
     parser.set_defaults(run=_later("apps.imaging.training.evaluate", "main"))

@@ -13,8 +13,8 @@ from apps.imaging.batch.evidence import OWN, default_key_path
 from apps.imaging.batch.manifest import write_whole
 from apps.imaging.batch.process import Application, Record
 from apps.imaging.batch.verification import verify_command
-from apps.imaging.calibration import Calibration
-from apps.imaging.launch import run_command
+from apps.imaging.calibration import FILE, Calibration
+from apps.imaging.launch import MODEL, run_command
 from apps.imaging.outputs.settings import OutputSettings
 from apps.imaging.outputs.summary import CaseSummary, summarise
 from apps.imaging.outputs.write import write_batch, write_case
@@ -26,7 +26,7 @@ from apps.imaging.segmentation import TASK, Stopwatch, segment
 from cluster.client import Client
 from cluster.errors import ConfigurationError
 
-CALIBRATION = Path("models") / "imaging" / "calibration.json"
+CALIBRATION = Path("models") / MODEL / FILE
 UID_KEY_BYTES = 32
 
 

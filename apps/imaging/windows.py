@@ -52,14 +52,12 @@ class WindowPlan:
 
     Args:
         hu: The case on the model's grid, float32 [Z, Y, X].
-        window: Patches of a window.
     """
 
-    def __init__(self, hu: Floats, window: tuple[int, int, int] = WINDOW) -> None:
-        self._window, self._shape = window, hu.shape
+    def __init__(self, hu: Floats) -> None:
         self.body = body_box(hu)
         inside = hu[self.body]
-        self.size = tuple(max(-(-n // PATCH), w) for n, w in zip(inside.shape, window, strict=True))
+        self.size = tuple(max(-(-n // PATCH), w) for n, w in zip(inside.shape, WINDOW, strict=True))
         room = [(0, PATCH * n - m) for n, m in zip(self.size, inside.shape, strict=True)]
         self._patches = to_patches(np.pad(inside, room, constant_values=AIR_HU))
         self._holds_body = self._patches.max(axis=-1) > BODY_HU
@@ -69,14 +67,14 @@ class WindowPlan:
     @property
     def corners(self) -> list[tuple[int, int, int]]:
         """First patch of each window that holds any of the body."""
-        z, y, x = (_starts(size, edge) for size, edge in zip(self.size, self._window, strict=True))
+        z, y, x = (_starts(size, edge) for size, edge in zip(self.size, WINDOW, strict=True))
         return [at for at in product(z, y, x) if self._holds_body[self._box(at)].any()]
 
     def cut(self, corner: tuple[int, int, int]) -> Window:
         """Return the rows of the window at a corner."""
         kept = self._holds_body[self._box(corner)].ravel()
         patches = self._patches[self._box(corner)].reshape(kept.size, -1)[kept]
-        spots = np.stack(np.unravel_index(np.flatnonzero(kept), self._window), axis=1)
+        spots = np.stack(np.unravel_index(np.flatnonzero(kept), WINDOW), axis=1)
         middle = (np.array(corner) + spots + 0.5) * (PATCH * GRID_MM) - self._extent_mm / 2
         steps = (np.arange(CASE_EDGE) + 0.5) / CASE_EDGE - 0.5
         case_place = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1)
@@ -91,7 +89,7 @@ class WindowPlan:
         )
 
     def _box(self, corner: tuple[int, int, int]) -> tuple[slice, ...]:
-        return tuple(slice(c, c + w) for c, w in zip(corner, self._window, strict=True))
+        return tuple(slice(c, c + w) for c, w in zip(corner, WINDOW, strict=True))
 
 
 class Canvas:
@@ -103,15 +101,9 @@ class Canvas:
         num_labels: With 0 for none.
     """
 
-    def __init__(
-        self,
-        plan: WindowPlan,
-        shape: tuple[int, ...],
-        num_labels: int,
-        window: tuple[int, int, int] = WINDOW,
-    ) -> None:
-        self._plan, self._shape, self._window = plan, shape, window
-        size = [box.stop - box.start + PATCH * max(window) for box in plan.body]
+    def __init__(self, plan: WindowPlan, shape: tuple[int, ...], num_labels: int) -> None:
+        self._plan, self._shape = plan, shape
+        size = [PATCH * num for num in plan.size]
         self._votes = np.zeros((num_labels, *size), dtype=np.float32)
         self._weight = np.zeros(size, dtype=np.float32)
         self._share = np.zeros(size, dtype=np.float32)
@@ -124,12 +116,11 @@ class Canvas:
             rows: uint8 [P, 2 V + 1], patches of the window as they were asked.
         """
         num_voxels = PATCH**3
-        cell = window.cell[window.cell[:, 0] < np.prod(self._window), 0]
+        cell = window.cell[window.cell[:, 0] < np.prod(WINDOW), 0]
         box = tuple(
-            slice(PATCH * c, PATCH * (c + w))
-            for c, w in zip(window.corner, self._window, strict=True)
+            slice(PATCH * c, PATCH * (c + w)) for c, w in zip(window.corner, WINDOW, strict=True)
         )
-        fade = gaussian(self._window)
+        fade = gaussian(WINDOW)
         label = self._fill(cell, rows[:, :num_voxels]).astype(np.intp)[None]
         sure = self._fill(cell, rows[:, num_voxels : 2 * num_voxels])
         share = self._fill(cell, np.repeat(rows[:, -1:], num_voxels, axis=1))
@@ -153,9 +144,9 @@ class Canvas:
         return found[0], found[1], found[2]
 
     def _fill(self, cell: NDArray[np.int32], rows: NDArray[np.uint8]) -> Floats:
-        cells = np.zeros((int(np.prod(self._window)), PATCH**3), dtype=np.float32)
+        cells = np.zeros((int(np.prod(WINDOW)), PATCH**3), dtype=np.float32)
         cells[cell] = rows
-        return from_patches(cells, self._window)
+        return from_patches(cells, WINDOW)
 
 
 def body_box(hu: Floats) -> tuple[slice, slice, slice]:

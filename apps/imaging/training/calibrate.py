@@ -4,7 +4,6 @@ Legend: n windows, L labels, Z Y X voxels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -14,11 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from apps.imaging.calibration import Calibration, case_confidence, profile
-from apps.imaging.resample import PatientGrid
 from apps.imaging.segmentation import ORGANS
+from apps.imaging.training.known import Known
 from apps.imaging.training.loop import (
     TASK,
-    Volume,
     collate,
     draw_at,
     infer_labels,
@@ -36,21 +34,6 @@ MISS_RATE = 0.1
 SENSITIVITY = 0.95
 VOXELS_EACH = 20_000  # of a window, for the temperature
 TEMPERATURES = np.geomspace(0.5, 4.0, 43)
-
-
-@dataclass(frozen=True, eq=False)
-class Known:
-    """A case with its truth.
-
-    Args:
-        grid: Of the model.
-        hu: On the grid, float32 [Z, Y, X].
-        volume: What is trained on.
-    """
-
-    grid: PatientGrid
-    hu: NDArray[np.float32]
-    volume: Volume
 
 
 @torch.no_grad()

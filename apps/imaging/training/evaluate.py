@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -21,9 +20,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from apps.imaging.openkbp import load_patient
-from apps.imaging.resample import PatientGrid
 from apps.imaging.segmentation import ORGANS
-from apps.imaging.stack import SliceStack
 from apps.imaging.training.adrenal import (
     TASKS,
     ShapeSettings,
@@ -32,8 +29,8 @@ from apps.imaging.training.adrenal import (
     train_shapes,
 )
 from apps.imaging.training.baselines import Kind, label_volume, train_net
+from apps.imaging.training.known import Known
 from apps.imaging.training.loop import TASK, Volume, VolumeSettings, infer_labels, train_volumes
-from apps.imaging.windows import GRID_MM
 from core_model.config import PRESETS
 from core_model.model import MoETransformer
 
@@ -47,36 +44,6 @@ VARIANTS: Mapping[str, tuple[bool, bool]] = {
     "global": (False, True),
 }
 BOOTSTRAP = 2000
-
-
-@dataclass(frozen=True, eq=False)
-class Patient:
-    """A patient of the organ protocol.
-
-    Args:
-        stack: Slices.
-        truth: Organ of each pixel, uint8 [K, J, I].
-        grid: Of the model.
-        hu: On the grid, float32 [Z, Y, X].
-    """
-
-    stack: SliceStack
-    truth: NDArray[np.uint8]
-    grid: PatientGrid
-    hu: NDArray[np.float32]
-
-    @classmethod
-    def load(cls, path: Path) -> "Patient":
-        """Read one file of ``apps.imaging.openkbp``."""
-        stack, truth = load_patient(path)
-        grid = PatientGrid(stack, GRID_MM)
-        return cls(stack, truth, grid, grid.sample())
-
-    @property
-    def volume(self) -> Volume:
-        """What is trained on."""
-        hu = self.hu.round().clip(-1024, 3071).astype(np.int16)
-        return Volume(hu, self.grid.gather(self.truth))
 
 
 def main(args: argparse.Namespace) -> int:
@@ -128,15 +95,12 @@ def _train_adrenal(
 ) -> MoETransformer:
     torch.manual_seed(seed)
     model = MoETransformer(PRESETS[args.preset], [TASKS[size]]).to(args.device)
-    settings = ShapeSettings()
-    if args.epochs:
-        settings = replace(settings, epochs=args.epochs)
 
     def progress(epoch: int, epochs: int, loss: float) -> None:
         if epoch % 5 == 0:
             say(f"{size} seed {seed}: epoch {epoch} of {epochs}, loss {loss:.4f}")
 
-    train_shapes(model, part[0], part[1], settings, seed, progress)
+    train_shapes(model, part[0], part[1], ShapeSettings(), seed, progress)
     return model
 
 
@@ -188,7 +152,7 @@ class OrganProtocol:
     """
 
     volumes: Sequence[Volume]
-    test: Sequence[Patient]
+    test: Sequence[Known]
     settings: VolumeSettings
     device: str
     preset: str
@@ -228,8 +192,10 @@ class OrganProtocol:
 def evaluate_organs(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     """Return Dice and Hausdorff of ours, its variants, and the baselines at equal time."""
     (data,) = args.data
-    train = [Patient.load(path) for path in sorted((data / "train").glob("pt_*.npz"))]
-    test = [Patient.load(path) for path in sorted((data / "validation").glob("pt_*.npz"))]
+    train = [Known.of(*load_patient(path)) for path in sorted((data / "train").glob("pt_*.npz"))]
+    test = [
+        Known.of(*load_patient(path)) for path in sorted((data / "validation").glob("pt_*.npz"))
+    ]
     if not train or not test:
         message = f"{data}: expected train/pt_*.npz and validation/pt_*.npz, found none"
         raise FileNotFoundError(message)
@@ -256,7 +222,7 @@ def evaluate_organs(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 
 def organ_figures(
-    patients: Sequence[Patient], labelled: Sequence[NDArray[np.uint8]]
+    patients: Sequence[Known], labelled: Sequence[NDArray[np.uint8]]
 ) -> dict[str, Any]:
     """Return Dice in native voxels and 95 % Hausdorff distance in mm, organs then patients.
 
@@ -266,8 +232,8 @@ def organ_figures(
     far = np.full_like(dice, np.nan)
     for i, (patient, labels) in enumerate(zip(patients, labelled, strict=True)):
         said = patient.grid.spread(labels)
-        step = float(np.median(np.diff(patient.stack.positions_mm)))
-        spacing = (step, *patient.stack.pixel_mm)
+        step = float(np.median(np.diff(patient.grid.stack.positions_mm)))
+        spacing = (step, *patient.grid.stack.pixel_mm)
         for organ in range(len(ORGANS)):
             truth, own = patient.truth == organ + 1, said == organ + 1
             if not truth.any():

@@ -13,19 +13,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from apps.imaging.calibration import FILE
 from apps.imaging.openkbp import load_patient
 from apps.imaging.phantom import PhantomShape, make_phantom
-from apps.imaging.resample import PatientGrid
 from apps.imaging.segmentation import ORGANS
-from apps.imaging.training.calibrate import Known, fit_calibration, fit_temperature
-from apps.imaging.training.loop import TASK, Volume, VolumeSettings, train_volumes
-from apps.imaging.windows import GRID_MM
+from apps.imaging.training.calibrate import fit_calibration, fit_temperature
+from apps.imaging.training.known import Known
+from apps.imaging.training.loop import TASK, VolumeSettings, train_volumes
 from core_model.checkpoint import save_checkpoint
 from core_model.config import PRESETS
 from core_model.model import MoETransformer
 
 HELD_SHARE = 0.1
-CALIBRATION = "calibration.json"
 PHANTOM_SIZES = ((80, 112), (96, 128), (120, 160))  # slices, pixels an edge
 
 
@@ -59,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
         metrics=metrics,
         command="trimoe " + shlex.join(sys.argv[1:]),
     )
-    calibration.save(args.out / CALIBRATION)
+    calibration.save(args.out / FILE)
     _say(f"Dice of held-out cases {metrics}")
     return 0
 
@@ -74,7 +73,7 @@ def _phantoms(num: int) -> list[Known]:
         slices, pixels = PHANTOM_SIZES[seed % len(PHANTOM_SIZES)]
         shape = PhantomShape(slices, pixels, 280.0 / slices, 410.0 / pixels, 10.0 + seed % 20)
         stack, labels = make_phantom(seed, shape)
-        found.append(_known(PatientGrid(stack, GRID_MM), labels))
+        found.append(Known.of(stack, labels))
     return found
 
 
@@ -84,13 +83,7 @@ def _patients(folder: Path) -> list[Known]:
         message = f"{folder}: expected two files pt_*.npz or more, got {len(paths)}"
         raise FileNotFoundError(message)
     pairs = (load_patient(path) for path in paths)
-    return [_known(PatientGrid(stack, GRID_MM), labels) for stack, labels in pairs]
-
-
-def _known(grid: PatientGrid, labels: np.ndarray) -> Known:
-    hu = grid.sample()
-    narrow = hu.round().clip(-1024, 3071).astype(np.int16)
-    return Known(grid, hu, Volume(narrow, grid.gather(labels)))
+    return [Known.of(stack, labels) for stack, labels in pairs]
 
 
 def _data_of(args: argparse.Namespace, num: int) -> str:

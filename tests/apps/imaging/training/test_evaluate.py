@@ -4,22 +4,21 @@ import numpy as np
 import pytest
 
 from apps.imaging.phantom import PhantomShape, make_phantom
-from apps.imaging.resample import PatientGrid
 from apps.imaging.training.calibrate import _least_sure, _referral
-from apps.imaging.training.evaluate import Patient, hausdorff95, organ_figures, shape_figures
+from apps.imaging.training.evaluate import hausdorff95, organ_figures, shape_figures
+from apps.imaging.training.known import Known
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")  # MONAI's
 
 
 @pytest.fixture(scope="module")
-def patient() -> Patient:
+def patient() -> Known:
     stack, labels = make_phantom(0, PhantomShape(slices=60, pixels=96, slice_mm=4.0, pixel_mm=4.2))
     labels[labels == 5] = 0  # no esophagus in this one
-    grid = PatientGrid(stack, 3.0)
-    return Patient(stack, labels, grid, grid.sample())
+    return Known.of(stack, labels)
 
 
-def test_the_truth_itself_scores_almost_all_and_nothing_scores_none(patient: Patient) -> None:
+def test_the_truth_itself_scores_almost_all_and_nothing_scores_none(patient: Known) -> None:
     right = organ_figures([patient], [patient.volume.labels])
     assert right["dice_mean"] > 0.95
     assert right["absent"]["Esophagus"] == 1
