@@ -68,6 +68,7 @@ PRESETS: Mapping[str, MoEConfig] = {
     "tiny": MoEConfig(
         d_model=32, num_layers=2, num_heads=2, num_experts=4, d_expert=32, d_shared=32
     ),
+    "small": MoEConfig(num_layers=2, num_experts=8, d_expert=64, d_shared=64),
     "base": MoEConfig(),
     "large": MoEConfig(
         d_model=1024,

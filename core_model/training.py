@@ -66,7 +66,7 @@ class WeightAverage:
     """Exponential average of a model's parameters, corrected for its short history."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self._parameters = list(model.parameters())
+        self._parameters: list[Tensor] = list(model.parameters())
         self._sums = [torch.zeros_like(p) for p in self._parameters]
         self._decay = decay
         self._mass = 0.0
@@ -74,8 +74,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the parameters as they are now."""
-        for total, parameter in zip(self._sums, self._parameters, strict=True):
-            total.lerp_(parameter, 1.0 - self._decay)
+        torch._foreach_lerp_(self._sums, self._parameters, 1.0 - self._decay)
         self._mass = self._decay * self._mass + (1.0 - self._decay)
 
     @torch.no_grad()

@@ -118,7 +118,9 @@ class VolumeAdapter(nn.Module):
         spot_P = (window_R * self.grid.num_patches + cell_R)[is_window_R]
         half, quarter = self._see(scaled_R2V[is_window_R], spot_P, batch.num_sequences)
         region_RC = rows_RD.new_zeros(cell_R.numel(), quarter.shape[1])
-        region_RC[is_window_R] = rows_of(functional.avg_pool3d(quarter, 2), spot_P)
+        region_RC[is_window_R] = rows_of(functional.avg_pool3d(quarter, 2), spot_P).to(
+            rows_RD.dtype
+        )
         gates_RG = self._gates(torch.cat([region_RC, rows_RD], dim=1))
         quarter = self._apply_local(quarter, gates_RG[is_window_R], spot_P)
         eighth = self.coarse(self.to_eighth(quarter))
@@ -129,7 +131,7 @@ class VolumeAdapter(nn.Module):
             tokens_RD = tokens_RD + weight_R1 * relation(rows_RD, batch.cu_seqlens)
         share_P1 = gates_RG[is_window_R, :NUM_LOCAL].sum(1, keepdim=True)
         local_PD = share_P1 * self.summary(rows_of(eighth, spot_P))
-        tokens_RD = tokens_RD.index_add(0, is_window_R.nonzero()[:, 0], local_PD)
+        tokens_RD = tokens_RD.index_add(0, is_window_R.nonzero()[:, 0], local_PD.to(rows_RD.dtype))
         side = {
             "half": half,
             "quarter": quarter,

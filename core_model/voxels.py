@@ -44,8 +44,9 @@ class VoxelHead(nn.Module):
         """Return logits of all voxels [n, L, Z, Y, X], and those at a quarter for training."""
         side, grid = encoded.side, self.grid
         num = side["eighth"].shape[0]
-        cells = tokens_TD.new_zeros(num * grid.num_patches, CHANNELS[2])
-        cells[side["spot"]] = self.token(tokens_TD[side["is_window"]])
+        seen_PC = self.token(tokens_TD[side["is_window"]])
+        cells = seen_PC.new_zeros(num * grid.num_patches, CHANNELS[2])
+        cells[side["spot"]] = seen_PC
         map_ = cells.view(num, grid.z, grid.y, grid.x, -1).permute(0, 4, 1, 2, 3)
         map_ = self.mix(map_ + side["eighth"])
         quarter = self.middle(self.to_quarter(map_) + side["quarter"])

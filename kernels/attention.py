@@ -8,17 +8,25 @@ sequence, G sequences of equal length, q queries, k keys.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.dispatch import FLOATS, Impl, check, compute_dtype, select_impl
 
 SHORT = 3  # positions of a sequence up to which elementwise products win, with gradient and without
 BLOCK_QUERIES = 256  # rows of a masked block: one score tile of a window of 1024 stays in cache
+BACKENDS = [  # without cuDNN's, which plans anew, for a second, at every length it meets
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+LAUNCH_QUERIES = 8192  # the same on a GPU, where a launch costs more than masked scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +74,8 @@ def varlen_attention(
         impl: Form to run.
 
     Returns:
-        [T, H, d], dtype of the queries, contiguous.  A NaN stays inside its sequence.
+        [T, H, d], dtype of the queries, contiguous.  A NaN stays inside its sequence, save in
+        training on a GPU.
 
     Raises:
         ValueError: A shape, dtype or layout disagrees with the above.
@@ -117,23 +126,49 @@ def attention_reference(
 def _attention_torch(
     q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, cu_seqlens: Tensor, pattern: AttentionPattern
 ) -> Tensor:
-    """Sequences of equal length as one batch: no padding, one product per length.
-
-    A position alone in its sequence sees itself: its output is its value.
-    """
+    """Sequences of equal length as one batch: no padding, one product per length."""
     groups = _groups(cu_seqlens)
-    groups.pop(1, None)
-    if [n * len(starts) for n, starts in groups.items()] == [q_THd.shape[0]]:
-        (n,) = groups
-        q, k, v = (x.view(-1, n, *x.shape[1:]) for x in (q_THd, k_THd, v_THd))
-        return _equal_lengths(q, k, v, pattern).reshape(q_THd.shape).contiguous()
+    with sdpa_kernel(BACKENDS):
+        if [n * len(starts) for n, starts in groups.items()] == [q_THd.shape[0]]:
+            (n,) = groups
+            q, k, v = (x.view(-1, n, *x.shape[1:]) for x in (q_THd, k_THd, v_THd))
+            return _equal_lengths(q, k, v, pattern).reshape(q_THd.shape).contiguous()
+        if q_THd.is_cuda and q_THd.shape[0] <= LAUNCH_QUERIES:
+            return _masked(q_THd, k_THd, v_THd, cu_seqlens, pattern)
+        return _by_length(q_THd, k_THd, v_THd, groups, pattern)
+
+
+def _by_length(
+    q_THd: Tensor,
+    k_THd: Tensor,
+    v_THd: Tensor,
+    groups: Mapping[int, Sequence[int]],
+    pattern: AttentionPattern,
+) -> Tensor:
+    """A product for each length; a position alone in its sequence has its value as output."""
     out_THd = v_THd.clone(memory_format=torch.contiguous_format)
     for n, starts in groups.items():
+        if n == 1:
+            continue
         start_G = torch.tensor(starts, device=q_THd.device)
         rows = (start_G.unsqueeze(1) + torch.arange(n, device=q_THd.device)).flatten()
         q, k, v = (x.index_select(0, rows).unflatten(0, (-1, n)) for x in (q_THd, k_THd, v_THd))
         out_THd.index_copy_(0, rows, _equal_lengths(q, k, v, pattern).flatten(0, 1))
     return out_THd
+
+
+def _masked(
+    q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, cu_seqlens: Tensor, pattern: AttentionPattern
+) -> Tensor:
+    """All sequences in one product, strangers masked: on a GPU a launch costs more than scores."""
+    everyone = torch.arange(q_THd.shape[0], dtype=torch.int32, device=q_THd.device)
+    sequence_T = torch.searchsorted(cu_seqlens[1:].contiguous(), everyone, right=True)
+    position_T = everyone - cu_seqlens[sequence_T]
+    mask_TT = sequence_T.unsqueeze(1) == sequence_T.unsqueeze(0)
+    mask_TT &= visible(position_T, position_T, pattern)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THd, k_THd, v_THd))
+    mixed_1HTd = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask_TT)
+    return mixed_1HTd[0].transpose(0, 1).contiguous()
 
 
 def _groups(cu_seqlens: Tensor) -> dict[int, list[int]]:
@@ -158,7 +193,8 @@ def _equal_lengths(
     if sees_all:
         return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     num_global = min(pattern.num_global, n)
-    bounds = [*range(num_global, n, BLOCK_QUERIES), n]
+    rows = LAUNCH_QUERIES if q.is_cuda else BLOCK_QUERIES
+    bounds = [*range(num_global, n, rows), n]
     pieces = [functional.scaled_dot_product_attention(q[:, :, :num_global], k, v)]
     for start, end in pairwise(bounds):
         pieces.append(_window_block(q, k, v, range(start, end), pattern))

@@ -90,15 +90,26 @@ def _add_evaluate(commands: Subparsers) -> None:
         help="adrenalmnist3d*.npz, or OpenKBP's folder with train and validation",
     )
     parser.add_argument("--seeds", type=_positive, default=5, metavar="N", help="of adrenal")
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="keeps weights and figures of finished parts"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     _add_training(parser)
     parser.set_defaults(run=_later("apps.imaging.training.evaluate", "main"))
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", default="base", metavar="NAME", help="sizes of the shared core")
+    parser.add_argument(
+        "--preset", default="small", metavar="NAME", help="sizes of the shared core"
+    )
     parser.add_argument("--seconds", type=float, default=1800.0, help="of training, each")
-    parser.add_argument("--loaders", type=_count, default=0, metavar="N", help="processes that cut")
+    parser.add_argument(
+        "--loaders",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="processes that cut windows, or that train the seeds of adrenal",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
 

@@ -99,6 +99,18 @@ def test_blocks_of_queries_join_without_seams(
     assert_near(got, varlen_attention(q, k, v, cu_seqlens, pattern, impl="reference"))
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("offsets", OFFSETS, ids=str)
+def test_one_masked_product_equals_the_formula(
+    offsets: list[int], pattern: AttentionPattern, device: torch.device, assert_near: NearCheck
+) -> None:
+    """What trains on a GPU, on any device."""
+    q, k, v = draw(offsets[-1], device, torch.float32)
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
+    got = kernels.attention._masked(q, k, v, cu_seqlens, pattern)
+    assert_near(got, varlen_attention(q, k, v, cu_seqlens, pattern, impl="reference"))
+
+
 @pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("pattern", [FULL, PATTERNS[3]], ids=str)
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])

@@ -46,12 +46,12 @@ class ShapeSettings:
         bias_rate: Step of the selection bias.
     """
 
-    epochs: int = 30
+    epochs: int = 40
     batch_size: int = 32
-    peak_lr: float = 1e-3
+    peak_lr: float = 4e-4
     weight_decay: float = 0.05
     max_shift: int = 2
-    average_decay: float = 0.99
+    average_decay: float = 0.998
     bias_rate: float = 0.01
 
 
@@ -71,8 +71,8 @@ def load_split(path: Path, split: Split) -> tuple[Tensor, Tensor]:
 
 
 def pack_shapes(masks: Tensor) -> RaggedBatch:
-    """Return volumes bool [n, S, S, S] as one window each, their patches of air left out."""
-    size = masks.shape[1]
+    """Return volumes bool [n, S, S, S] as one window each."""
+    size, num = masks.shape[1], masks.shape[0]
     grid = SHAPE_GRIDS[TASKS[size]]
     edge = PATCH * grid.z
     before = (edge - size) // 2
@@ -80,18 +80,15 @@ def pack_shapes(masks: Tensor) -> RaggedBatch:
     hu = functional.pad(hu, (before, edge - size - before) * 3, value=AIR_HU)
     own = _patches(hu, grid.z)
     case = _patches(functional.adaptive_avg_pool3d(hu, PATCH * CASE_EDGE), CASE_EDGE)
-    kept = torch.cat(
-        [torch.ones_like(case[..., 0], dtype=torch.bool), own.amax(-1) > AIR_HU], dim=1
-    )
     rows = torch.cat([case, own], dim=1)
     cell = torch.cat([grid.num_patches + torch.arange(case.shape[1]), torch.arange(own.shape[1])])
     places = torch.cat([_places(CASE_EDGE, edge), _places(grid.z, edge)])
-    each = kept.nonzero()[:, 1]
     extras = {
-        "cell": cell.to(masks.device)[each].int().unsqueeze(1),
-        "place": places.to(masks.device)[each],
+        "cell": cell.to(masks.device).int().repeat(num).unsqueeze(1),
+        "place": places.to(masks.device).repeat(num, 1),
     }
-    return RaggedBatch(rows[kept], offsets_from_lengths(kept.sum(dim=1)), extras)
+    lengths = torch.full((num,), rows.shape[1], device=masks.device)
+    return RaggedBatch(rows.flatten(0, 1), offsets_from_lengths(lengths), extras)
 
 
 def _patches(hu: Tensor, edge: int) -> Tensor:

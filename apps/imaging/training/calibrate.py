@@ -49,9 +49,10 @@ def fit_temperature(model: MoETransformer, held: Sequence[Known]) -> float:
     for case in held:
         plan = WindowPlan(case.hu)
         for corner in plan.corners:
-            batch, labels = collate([draw_at(plan, case.volume.labels, corner)])
-            logits = voxel_logits(model, to_device(batch, device))[0][0].flatten(1).T.cpu()
-            truth = labels.flatten()
+            packed = collate([draw_at(plan, case.volume.labels, corner)])
+            batch, labels = to_device(packed, device)
+            logits = voxel_logits(model, batch)[0][0].flatten(1).T.cpu()
+            truth = labels.flatten().cpu()
             organ, other = np.flatnonzero(truth > 0), np.flatnonzero(truth == 0)
             num = min(VOXELS_EACH // 2, organ.size)
             chosen = np.concatenate(

@@ -8,7 +8,10 @@ import argparse
 import shlex
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Self, cast
 
 import numpy as np
 import torch
@@ -20,47 +23,90 @@ from apps.imaging.segmentation import ORGANS
 from apps.imaging.training.calibrate import fit_calibration, fit_temperature
 from apps.imaging.training.known import Known
 from apps.imaging.training.loop import TASK, VolumeSettings, train_volumes
+from apps.imaging.training.parts import Say
 from core_model.checkpoint import save_checkpoint
 from core_model.config import PRESETS
 from core_model.model import MoETransformer
+
+if TYPE_CHECKING:
+    from core_model.volume import VolumeAdapter
 
 HELD_SHARE = 0.1
 PHANTOM_SIZES = ((80, 112), (96, 128), (120, 160))  # slices, pixels an edge
 
 
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How our organ model is trained.
+
+    Args:
+        preset: Sizes of the shared blocks.
+        seconds: Of training.
+        loaders: Processes that cut windows.
+        device: Where.
+        local: Whether the local experts take part.
+        global_: Whether the global ones do.
+    """
+
+    preset: str
+    seconds: float
+    loaders: int
+    device: str
+    local: bool = True
+    global_: bool = True
+
+    def with_experts(self, *, local: bool, global_: bool) -> Self:
+        """Return the same with other experts."""
+        return replace(self, local=local, global_=global_)
+
+
 def main(args: argparse.Namespace) -> int:
     """Train, calibrate and save."""
     cases = [*_phantoms(args.phantoms)] if args.phantoms else _patients(args.data)
+    recipe = Recipe(args.preset, args.seconds, args.loaders, args.device)
+    command = "trimoe " + shlex.join(sys.argv[1:])
+    fit_organs(cases, recipe, args.out, _data_of(args, len(cases)), command, _say)
+    return 0
+
+
+def hold_out(cases: Sequence[Known]) -> tuple[list[Known], list[Known]]:
+    """Return the cases to train on, and those that temperature and thresholds come from."""
     order = np.random.default_rng(0).permutation(len(cases))
     num_held = max(round(HELD_SHARE * len(cases)), 1)
-    held, seen = [cases[i] for i in order[:num_held]], [cases[i] for i in order[num_held:]]
-    _say(f"{len(seen)} cases to train on, {len(held)} held out")
+    return [cases[i] for i in order[num_held:]], [cases[i] for i in order[:num_held]]
+
+
+def fit_organs(
+    cases: Sequence[Known], recipe: Recipe, out: Path | None, data: str, command: str, say: Say
+) -> MoETransformer:
+    """Return a model trained and calibrated on the cases, saved if there is a place for it."""
+    seen, held = hold_out(cases)
+    say(f"{len(seen)} cases to train on, {len(held)} held out")
     torch.manual_seed(0)
-    model = MoETransformer(PRESETS[args.preset], [TASK]).to(args.device)
-    settings = VolumeSettings(steps=10**9, seconds=args.seconds, workers=args.loaders)
+    model = MoETransformer(PRESETS[recipe.preset], [TASK]).to(recipe.device)
+    adapter = cast("VolumeAdapter", model.adapters[TASK])
+    adapter.use_experts(local=recipe.local, global_=recipe.global_)
+    settings = VolumeSettings(seconds=recipe.seconds, workers=recipe.loaders)
     began = time.perf_counter()
 
     def progress(step: int, _steps: int, loss: float) -> None:
-        _say(f"step {step}, {time.perf_counter() - began:.0f} s, loss {loss:.4f}")
+        if step % 100 == 0:
+            say(f"step {step}, {time.perf_counter() - began:.0f} s, loss {loss:.4f}")
 
     train_volumes(model, [case.volume for case in seen], settings, 0, progress)
-    temperature = fit_temperature(model, held)
-    calibration, dice = fit_calibration(model, seen, held)
-    figures = {name: float(np.nanmean(dice[:, i])) for i, name in enumerate(ORGANS)}
-    metrics = {f"dice_{name}": round(value, 4) for name, value in figures.items()}
-    metrics["dice_mean"] = round(float(np.nanmean(np.nanmean(dice, axis=1))), 4)
-    metrics["temperature"] = round(temperature, 3)
-    save_checkpoint(
-        args.out,
-        model,
-        version="imaging-1",
-        data=_data_of(args, len(cases)),
-        metrics=metrics,
-        command="trimoe " + shlex.join(sys.argv[1:]),
-    )
-    calibration.save(args.out / FILE)
-    _say(f"Dice of held-out cases {metrics}")
-    return 0
+    if out:
+        temperature = fit_temperature(model, held)
+        calibration, dice = fit_calibration(model, seen, held)
+        figures = {name: float(np.nanmean(dice[:, i])) for i, name in enumerate(ORGANS)}
+        metrics = {f"dice_{name}": round(value, 4) for name, value in figures.items()}
+        metrics["dice_mean"] = round(float(np.nanmean(np.nanmean(dice, axis=1))), 4)
+        metrics["temperature"] = round(temperature, 3)
+        save_checkpoint(
+            out, model, version="imaging-1", data=data, metrics=metrics, command=command
+        )
+        calibration.save(out / FILE)
+        say(f"Dice of held-out cases {metrics}")
+    return model
 
 
 def _say(line: str) -> None:

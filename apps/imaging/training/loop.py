@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from apps.imaging.resample import AIR_HU
-from apps.imaging.windows import PATCH, WINDOW, Canvas, Floats, WindowPlan
+from apps.imaging.windows import PATCH, WINDOW, Canvas, Floats, WindowPlan, body_box
 from core_model.balance import expert_load, move_bias
 from core_model.model import MoETransformer
 from core_model.packing import Encoded, RaggedBatch, offsets_from_lengths
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from core_model.voxels import VoxelHead
 
 TASK = "organs"
+TURN = np.deg2rad(10.0)  # a case is turned about each axis by at most
+STRETCH = 0.1  # and stretched along each by at most this share
+WINDOWS_EACH = 2  # drawn from a varied case before the next one
 Progress = Callable[[int, int, float], None]
 
 
@@ -50,7 +54,7 @@ class VolumeSettings:
     """Hyper-parameters.
 
     Args:
-        steps: Optimizer steps at most.
+        steps: Optimizer steps at most, by default no limit.
         seconds: Training time at most; the schedule follows whichever is nearer its end.
         batch_size: Windows per step.
         peak_lr: Learning rate at the top of the cycle.
@@ -63,16 +67,16 @@ class VolumeSettings:
         workers: Processes that cut windows; 0 cuts between steps.
     """
 
-    steps: int = 4000
+    steps: int = 10**9
     seconds: float = float("inf")
     batch_size: int = 4
-    peak_lr: float = 2e-3
+    peak_lr: float = 4e-3
     weight_decay: float = 0.02
     organ_share: float = 0.7
     deep_weight: float = 0.3
     average_decay: float = 0.995
     bias_rate: float = 0.01
-    settling: int = 60
+    settling: int = 30
     workers: int = 0
 
 
@@ -86,25 +90,23 @@ class WindowDraws(IterableDataset[tuple[Mapping[str, Tensor], Tensor]]):
     """
 
     def __init__(self, volumes: Sequence[Volume], settings: VolumeSettings, seed: int) -> None:
-        self._volumes, self._settings, self._seed = volumes, settings, seed
+        self._volumes = [_crop(volume) for volume in volumes]
+        self._settings, self._seed = settings, seed
 
     def __iter__(self) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
         """Yield rows of a window and the labels of its voxels [Z, Y, X]."""
         info = get_worker_info()
         rng = np.random.default_rng([self._seed, info.id if info else 0])
         while True:
-            yield self.draw(rng)
+            yield from self.draw(rng)
 
-    def draw(self, rng: np.random.Generator) -> tuple[Mapping[str, Tensor], Tensor]:
-        """Return one window: a volume, shifted against the patch grid, scaled in density."""
+    def draw(self, rng: np.random.Generator) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+        """Yield windows of one case: turned, shifted against the patch grid, varied in density."""
         volume = self._volumes[int(rng.integers(len(self._volumes)))]
-        shift = rng.integers(0, PATCH, 3)
-        room = [(int(s), 0) for s in shift]
-        hu = np.pad(volume.hu, room, constant_values=int(AIR_HU)).astype(np.float32)
-        labels = np.pad(volume.labels, room)
-        hu = vary_density(hu, rng)
-        plan = WindowPlan(hu)
-        return draw_at(plan, labels, self._corner(plan, labels[plan.body], rng))
+        hu, labels = vary_shape(volume, rng)
+        plan = WindowPlan(vary_density(hu, rng))
+        for _ in range(WINDOWS_EACH):
+            yield draw_at(plan, labels, self._corner(plan, labels[plan.body], rng))
 
     def _corner(
         self, plan: WindowPlan, inside: NDArray[np.uint8], rng: np.random.Generator
@@ -122,6 +124,12 @@ class WindowDraws(IterableDataset[tuple[Mapping[str, Tensor], Tensor]]):
         return int(z), int(y), int(x)
 
 
+def _crop(volume: Volume) -> Volume:
+    """Return the box of the body: the rest is air."""
+    at = body_box(volume.hu.astype(np.float32))
+    return Volume(volume.hu[at], volume.labels[at])
+
+
 def draw_at(
     plan: WindowPlan, labels: NDArray[np.uint8], corner: tuple[int, int, int]
 ) -> tuple[Mapping[str, Tensor], Tensor]:
@@ -137,6 +145,36 @@ def draw_at(
     return tensors, torch.from_numpy(target)
 
 
+def vary_shape(
+    volume: Volume, rng: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Return a case as it might lie otherwise: turned, stretched, shifted by less than a patch.
+
+    Never mirrored: organs have sides.
+    """
+    hu, labels = volume.hu.astype(np.float32), volume.labels
+    edges = np.array(hu.shape) + PATCH
+    matrix = Rotation.from_euler("zyx", rng.uniform(-TURN, TURN, 3)).as_matrix()
+    matrix = matrix * rng.uniform(1.0 - STRETCH, 1.0 + STRETCH, 3)
+    # grid_sample wants x y z, each from -1 to 1 over the edge of what is read
+    turn = matrix * (edges[None, :] / np.array(hu.shape)[:, None])
+    shift = rng.uniform(-1.0, 1.0, 3) * PATCH / np.array(hu.shape)
+    theta = np.concatenate([turn[::-1, ::-1], shift[::-1, None]], axis=1).astype(np.float32)
+    grid = functional.affine_grid(
+        torch.from_numpy(theta)[None], [1, 1, *edges.tolist()], align_corners=False
+    )
+
+    def read(values: NDArray[np.float32], mode: str) -> NDArray[np.float32]:
+        source = torch.from_numpy(values)[None, None]
+        found: NDArray[np.float32] = functional.grid_sample(
+            source, grid, mode=mode, padding_mode="zeros", align_corners=False
+        )[0, 0].numpy()
+        return found
+
+    tissue = read(hu - np.float32(AIR_HU), "bilinear") + np.float32(AIR_HU)
+    return tissue, read(labels.astype(np.float32), "nearest").astype(np.uint8)
+
+
 def vary_density(hu: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
     """Return densities as another scanner might give them: scaled, shifted, noisier."""
     tissue = hu > AIR_HU + 1
@@ -145,30 +183,30 @@ def vary_density(hu: NDArray[np.float32], rng: np.random.Generator) -> NDArray[n
     return np.where(tissue, hu * np.float32(gain) + np.float32(offset) + noise, hu)
 
 
-def collate(
-    drawn: Sequence[tuple[Mapping[str, Tensor], Tensor]],
-) -> tuple[RaggedBatch, Tensor]:
-    """Pack windows end to end; labels int64 [n, Z, Y, X]."""
+def collate(drawn: Sequence[tuple[Mapping[str, Tensor], Tensor]]) -> dict[str, Tensor]:
+    """Pack windows end to end: rows by name, ``cu_seqlens``, ``labels`` uint8 [n, Z, Y, X]."""
     lengths = torch.tensor([rows["hu"].shape[0] for rows, _ in drawn])
     joined = {name: torch.cat([rows[name] for rows, _ in drawn]) for name in drawn[0][0]}
-    extras = {"cell": joined["cell"], "place": joined["place"]}
-    batch = RaggedBatch(joined["hu"], offsets_from_lengths(lengths), extras)
-    return batch, torch.stack([target for _, target in drawn]).long()
+    labels = torch.stack([target for _, target in drawn])
+    return {**joined, "cu_seqlens": offsets_from_lengths(lengths), "labels": labels}
 
 
-def to_device(batch: RaggedBatch, device: str) -> RaggedBatch:
-    """Return a batch on a device."""
-    extras = {name: each.to(device, non_blocking=True) for name, each in batch.extras.items()}
-    features = batch.features.to(device, non_blocking=True)
-    return RaggedBatch(features, batch.cu_seqlens.to(device, non_blocking=True), extras)
+def to_device(packed: Mapping[str, Tensor], device: str) -> tuple[RaggedBatch, Tensor]:
+    """Return a batch and its labels int64 [n, Z, Y, X] on a device."""
+    on = {name: each.to(device, non_blocking=True) for name, each in packed.items()}
+    extras = {"cell": on["cell"], "place": on["place"]}
+    return RaggedBatch(on["hu"], on["cu_seqlens"], extras), on["labels"].long()
 
 
 def voxel_logits(model: MoETransformer, batch: RaggedBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits [n, L, Z, Y, X], those at a quarter, and the chosen experts [layers, T, K]."""
-    encoded: Encoded = model.adapters[TASK](batch)
+    is_cuda = batch.features.is_cuda
+    with torch.autocast("cuda", torch.bfloat16, enabled=is_cuda):
+        encoded: Encoded = model.adapters[TASK](batch)
     tokens_TD, experts_LTK = model.run_blocks(encoded.tokens_TD, [encoded.spans])
-    full, quarter = cast("VoxelHead", model.heads[TASK]).decode(tokens_TD, encoded)
-    return full, quarter, experts_LTK
+    with torch.autocast("cuda", torch.bfloat16, enabled=is_cuda):
+        full, quarter = cast("VoxelHead", model.heads[TASK]).decode(tokens_TD, encoded)
+    return full.float(), quarter.float(), experts_LTK
 
 
 def dice_and_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -212,14 +250,15 @@ def train_volumes(
     average = WeightAverage(model, settings.average_decay)
     began = time.perf_counter()
     model.train()
-    for step, (batch, labels) in enumerate(loader):
+    windows = iter(loader)
+    for step, packed in enumerate(windows):
         done = max(step / settings.steps, (time.perf_counter() - began) / settings.seconds)
         if done >= 1.0:
             break
         for group in optimizer.param_groups:
             group["lr"] = settings.peak_lr * min(done / 0.05, 1.0) * (1.0 - done) ** 0.9
-        truth = labels.to(device, non_blocking=True)
-        full, quarter, experts_LTK = voxel_logits(model, to_device(batch, device))
+        batch, truth = to_device(packed, device)
+        full, quarter, experts_LTK = voxel_logits(model, batch)
         coarse = truth[:, 2::4, 2::4, 2::4]
         loss = dice_and_entropy(full, truth)
         loss = loss + settings.deep_weight * dice_and_entropy(quarter, coarse)
@@ -234,9 +273,8 @@ def train_volumes(
         if step % 20 == 0:
             progress(step, settings.steps, float(loss.detach()))
     average.install()
-    settle_norms(
-        model, TASK, (to_device(batch, device) for batch, _ in islice(loader, settings.settling))
-    )
+    settling = islice(windows, settings.settling)
+    settle_norms(model, TASK, (to_device(packed, device)[0] for packed in settling))
 
 
 @torch.no_grad()

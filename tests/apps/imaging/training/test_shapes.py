@@ -60,13 +60,13 @@ def test_there_are_eight_mirror_images() -> None:
 
 @pytest.mark.slow
 def test_large_and_small_shapes_are_learned_apart() -> None:
-    small, large = masks(48), masks(48)
+    small, large = masks(24), masks(24)
     large |= large.roll(5, 1) | large.roll(-4, 2)
     shapes = torch.cat([small, large])
-    classes = torch.cat([torch.zeros(48), torch.ones(48)])
+    classes = torch.cat([torch.zeros(24), torch.ones(24)])
     torch.manual_seed(0)
     model = MoETransformer(PRESETS["tiny"], ["adrenal"])
-    settings = ShapeSettings(epochs=6, batch_size=16, average_decay=0.8)
+    settings = ShapeSettings(epochs=5, batch_size=12, peak_lr=2e-3, average_decay=0.8)
     train_shapes(model, shapes, classes, settings, 0, lambda *_: None)
     for flips in (False, True):
         logits = score_shapes(model, shapes, flips=flips)

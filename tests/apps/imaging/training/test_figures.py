@@ -5,7 +5,7 @@ import pytest
 
 from apps.imaging.phantom import PhantomShape, make_phantom
 from apps.imaging.training.calibrate import _least_sure, _referral
-from apps.imaging.training.evaluate import hausdorff95, organ_figures, shape_figures
+from apps.imaging.training.figures import hausdorff95, organ_figures, shape_figures
 from apps.imaging.training.known import Known
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")  # MONAI's

@@ -1,0 +1,51 @@
+"""The protocol of AdrenalMNIST3D: every row, seeds that are not trained again, refusals."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from apps.imaging.training import shape_protocol
+from apps.imaging.training.adrenal import ShapeSettings
+from apps.imaging.training.parts import Parts
+from apps.imaging.training.shape_protocol import evaluate_adrenal
+from core_model.checkpoint import load_checkpoint
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Large and small boxes, in the layout of the benchmark."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, num in (("train", 32), ("val", 12), ("test", 12)):
+        masks = np.zeros((num, 28, 28, 28), dtype=np.uint8)
+        classes = np.arange(num) % 2
+        for mask, large in zip(masks, classes, strict=True):
+            low, edge = rng.integers(4, 8, 3), 10 if large else 4
+            mask[tuple(slice(a, a + edge) for a in low)] = 255
+        arrays[f"{part}_images"], arrays[f"{part}_labels"] = masks, classes[:, None]
+    path = tmp_path / "adrenalmnist3d.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.mark.slow
+def test_every_row_is_reported_and_a_finished_seed_is_not_trained_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ShapeSettings(epochs=3, batch_size=8, peak_lr=4e-3, average_decay=0.5)
+    monkeypatch.setattr(shape_protocol, "ShapeSettings", lambda: settings)
+    args = argparse.Namespace(data=[data], seeds=2, preset="tiny", device="cpu", loaders=0)
+    lines: list[str] = []
+    report = evaluate_adrenal(args, Parts(tmp_path / "work"), "a command", lines.append)
+    assert [(row["size"], row["flips"]) for row in report["rows"]] == [(28, False), (28, True)]
+    assert report["auc_mean"] in [row["auc_mean"] for row in report["rows"]]
+    assert all(row["majority"] == 0.5 and len(row["per_seed"]) == 2 for row in report["rows"])
+    assert len(lines) == 2
+    _, manifest = load_checkpoint(tmp_path / "work/adrenalmnist3d-1")
+    assert manifest.command == "a command"
+
+    again = evaluate_adrenal(args, Parts(tmp_path / "work"), "a command", lines.append)
+    assert again == report
+    assert len(lines) == 2
