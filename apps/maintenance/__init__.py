@@ -1,0 +1,1 @@
+"""Failure forecasts for machines, from telemetry and event logs."""

@@ -1,0 +1,1 @@
+"""Signed models from the platform to edge boxes: publishing, transport, rollout."""
