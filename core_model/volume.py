@@ -22,11 +22,10 @@ from torch.nn import functional
 
 from core_model.config import MoEConfig
 from core_model.packing import Encoded, RaggedBatch, offsets_from_lengths, segment_ids
-from core_model.volume_tasks import NUM_CASE, PATCH, PATCH_VOXELS, WindowGrid
+from core_model.volume_tasks import NUM_CASE, PATCH, PATCH_VOXELS, Channels, WindowGrid
 from kernels.attention import FULL, AttentionPattern, varlen_attention
 
 HU_RANGES = ((-1024.0, 2000.0), (-160.0, 240.0))  # all tissue; soft tissue
-CHANNELS = (24, 48, 96)  # of the maps at 1/2, 1/4 and 1/8 of the voxels' resolution
 NUM_LOCAL, NUM_GLOBAL_EXPERTS = 2, 2
 NEAR = AttentionPattern(window=320, num_global=NUM_CASE)  # two layers of 144 patches and more
 PLACE_WAVES = 6  # wavelengths of the position code, from 2 m down by halves
@@ -78,14 +77,15 @@ class VolumeAdapter(nn.Module):
     Args:
         config: Of the shared blocks.
         grid: Patches of a window.
+        channels: Of the convolutions' maps.
     """
 
     gate_bias: Tensor
 
-    def __init__(self, config: MoEConfig, grid: WindowGrid) -> None:
+    def __init__(self, config: MoEConfig, grid: WindowGrid, channels: Channels) -> None:
         super().__init__()
         self.grid, d = grid, config.d_model
-        half, quarter, eighth = CHANNELS
+        half, quarter, eighth = channels
         self.stem = ConvBlock(8 * len(HU_RANGES), half)
         self.fine = ConvBlock(half, half)
         self.to_quarter = Halve(half, quarter)

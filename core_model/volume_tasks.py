@@ -27,6 +27,14 @@ ORGANS = (
 )
 
 
+class Channels(NamedTuple):
+    """Of the convolutions' maps at a half, a quarter and an eighth of the voxels' resolution."""
+
+    half: int
+    quarter: int
+    eighth: int
+
+
 class WindowGrid(NamedTuple):
     """Patches of a window along each axis (slices, rows, columns)."""
 
@@ -40,6 +48,7 @@ class WindowGrid(NamedTuple):
         return self.z * self.y * self.x
 
 
+CHANNELS = Channels(24, 48, 96)
 ORGAN_GRID = WindowGrid(12, 12, 12)
 SHAPE_GRIDS = {"adrenal": WindowGrid(4, 4, 4), "adrenal_64": WindowGrid(8, 8, 8)}
 
@@ -48,18 +57,25 @@ def _count_tokens(num_rows: NDArray[np.int32]) -> NDArray[np.int64]:
     return num_rows.astype(np.int64)
 
 
-def _task(name: str, grid: WindowGrid, outputs: tuple[str, ...], num_labels: int = 0) -> TaskSpec:
+def _task(
+    name: str,
+    grid: WindowGrid,
+    outputs: tuple[str, ...],
+    num_labels: int = 0,
+) -> TaskSpec:
     """Return a task whose sequence is one window; with labels it answers every voxel."""
 
     def build_adapter(config: "MoEConfig") -> "nn.Module":
         from core_model.volume import VolumeAdapter  # noqa: PLC0415 - torch stays out of here
 
-        return VolumeAdapter(config, grid)
+        return VolumeAdapter(config, grid, CHANNELS)
 
     def build_head(config: "MoEConfig") -> "nn.Module":
         from core_model.voxels import VoxelHead, WindowHead  # noqa: PLC0415 - likewise
 
-        return VoxelHead(config, grid, num_labels) if num_labels else WindowHead(config)
+        if num_labels:
+            return VoxelHead(config, grid, CHANNELS, num_labels)
+        return WindowHead(config, CHANNELS)
 
     return TaskSpec(
         name=name,

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from core_model.config import MoEConfig
 from core_model.packing import Encoded
-from core_model.volume import CHANNELS, ConvBlock
-from core_model.volume_tasks import PATCH, PATCH_VOXELS, WindowGrid
+from core_model.volume import ConvBlock
+from core_model.volume_tasks import PATCH, PATCH_VOXELS, Channels, WindowGrid
 
 
 class VoxelHead(nn.Module):
@@ -21,14 +21,17 @@ class VoxelHead(nn.Module):
     Args:
         config: Of the shared blocks.
         grid: Patches of a window.
+        channels: Of the adapter's maps.
         num_labels: With 0 for none of them.
     """
 
     temperature: Tensor
 
-    def __init__(self, config: MoEConfig, grid: WindowGrid, num_labels: int) -> None:
+    def __init__(
+        self, config: MoEConfig, grid: WindowGrid, channels: Channels, num_labels: int
+    ) -> None:
         super().__init__()
-        half, quarter, eighth = CHANNELS
+        half, quarter, eighth = channels
         self.grid, self.num_labels = grid, num_labels
         self.token = nn.Linear(config.d_model, eighth)
         self.mix = ConvBlock(eighth, eighth)
@@ -45,7 +48,7 @@ class VoxelHead(nn.Module):
         side, grid = encoded.side, self.grid
         num = side["eighth"].shape[0]
         seen_PC = self.token(tokens_TD[side["is_window"]])
-        cells = seen_PC.new_zeros(num * grid.num_patches, CHANNELS[2])
+        cells = seen_PC.new_zeros(num * grid.num_patches, seen_PC.shape[1])
         cells[side["spot"]] = seen_PC
         map_ = cells.view(num, grid.z, grid.y, grid.x, -1).permute(0, 4, 1, 2, 3)
         map_ = self.mix(map_ + side["eighth"])
@@ -71,11 +74,12 @@ class VoxelHead(nn.Module):
 class WindowHead(nn.Module):
     """One score per window: [n, 1] logits, with the mean share of the local experts."""
 
-    def __init__(self, config: MoEConfig) -> None:
+    def __init__(self, config: MoEConfig, channels: Channels) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.d_model + CHANNELS[2])
+        width = config.d_model + channels.eighth
+        self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(0.2)
-        self.read = nn.Linear(config.d_model + CHANNELS[2], 1)
+        self.read = nn.Linear(width, 1)
 
     def forward(self, tokens_TD: Tensor, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """Return [n, 2]: logit and share, and the offsets 0 .. n."""

@@ -10,7 +10,7 @@ from core_model.config import PRESETS
 from core_model.model import MoETransformer
 from core_model.packing import RaggedBatch, offsets_from_lengths
 from core_model.volume import NUM_LOCAL, VolumeAdapter
-from core_model.volume_tasks import NUM_CASE, PATCH, PATCH_VOXELS, SHAPE_GRIDS, WindowGrid
+from core_model.volume_tasks import CHANNELS, NUM_CASE, PATCH, PATCH_VOXELS, SHAPE_GRIDS, WindowGrid
 from core_model.voxels import VoxelHead, patch_rows, spread_pairs
 
 GRID = SHAPE_GRIDS["adrenal"]
@@ -47,7 +47,7 @@ def test_windows_of_a_step_do_not_touch_each_other(model: MoETransformer) -> Non
 
 def test_voxels_reach_the_map_where_they_lie() -> None:
     """A patch that is told apart lights up its own cells of the first map, and no others."""
-    adapter = VolumeAdapter(PRESETS["tiny"], GRID).eval()
+    adapter = VolumeAdapter(PRESETS["tiny"], GRID, CHANNELS).eval()
     adapter.stem = torch.nn.Identity()  # type: ignore[assignment]
     adapter.fine = torch.nn.Identity()  # type: ignore[assignment]
     adapter.to_quarter = torch.nn.Identity()  # type: ignore[assignment]
@@ -105,8 +105,8 @@ def test_the_whole_case_is_seen_from_every_window(model: MoETransformer) -> None
 def test_a_voxel_head_answers_each_patch_with_label_confidence_and_share() -> None:
     torch.manual_seed(0)
     with torch.inference_mode():
-        adapter = VolumeAdapter(PRESETS["tiny"], GRID).eval()
-        head = VoxelHead(PRESETS["tiny"], GRID, 4).eval()
+        adapter = VolumeAdapter(PRESETS["tiny"], GRID, CHANNELS).eval()
+        head = VoxelHead(PRESETS["tiny"], GRID, CHANNELS, 4).eval()
         encoded = adapter(pack(window(1, kept=20), window(2, kept=7)))
         rows, offsets = head(encoded.tokens_TD, encoded)
         logits, _ = head.decode(encoded.tokens_TD, encoded)
@@ -126,8 +126,8 @@ def test_a_voxel_head_answers_each_patch_with_label_confidence_and_share() -> No
 def test_a_flatter_temperature_lowers_confidence_and_moves_no_label() -> None:
     torch.manual_seed(0)
     with torch.inference_mode():
-        adapter = VolumeAdapter(PRESETS["tiny"], GRID).eval()
-        head = VoxelHead(PRESETS["tiny"], GRID, 4).eval()
+        adapter = VolumeAdapter(PRESETS["tiny"], GRID, CHANNELS).eval()
+        head = VoxelHead(PRESETS["tiny"], GRID, CHANNELS, 4).eval()
         encoded = adapter(pack(window(1)))
         before, _ = head(encoded.tokens_TD, encoded)
         head.temperature.fill_(3.0)
@@ -139,6 +139,6 @@ def test_a_flatter_temperature_lowers_confidence_and_moves_no_label() -> None:
 
 
 def test_there_are_as_many_gates_as_experts() -> None:
-    adapter = VolumeAdapter(PRESETS["tiny"], GRID)
+    adapter = VolumeAdapter(PRESETS["tiny"], GRID, CHANNELS)
     assert adapter.gate.out_features == len(adapter.local) + len(adapter.relations)
     assert len(adapter.local) == NUM_LOCAL
