@@ -17,6 +17,7 @@ def add_parser(subparsers: Subparsers) -> None:
     subjects = bench.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     _add_fraud(subjects)
     _add_serving(subjects)
+    _add_imaging(subjects)
 
 
 def _runner(module: str) -> Callable[[argparse.Namespace], int]:
@@ -32,6 +33,14 @@ def _add_common(parser: argparse.ArgumentParser, module: str) -> None:
     parser.add_argument("--results", type=Path, metavar="DIR", help="default: benchmarks/results")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.set_defaults(run=_runner(module))
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        message = f"expected 1 or more, got {number}"
+        raise argparse.ArgumentTypeError(message)
+    return number
 
 
 def _add_fraud(subjects: Subparsers) -> None:
@@ -62,3 +71,19 @@ def _add_serving(subjects: Subparsers) -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of one measurement")
     parser.add_argument("--rounds", type=int, default=2, help="of alternating policies")
     _add_common(parser, "benchmarks.serving")
+
+
+def _add_imaging(subjects: Subparsers) -> None:
+    parser = subjects.add_parser("imaging", help="time per CT case beside dense networks; a batch")
+    parser.add_argument("--cases", type=_positive, default=50, metavar="N", help="of the batch")
+    parser.add_argument(
+        "--repeats", type=_positive, default=5, metavar="N", help="of one case, each"
+    )
+    parser.add_argument(
+        "--models", type=Path, metavar="DIR", help="with imaging/; default: the shipped weights"
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="of OpenKBP, for the batch; default: phantoms"
+    )
+    parser.add_argument("--work", type=Path, metavar="DIR", help="generated studies are reused")
+    _add_common(parser, "benchmarks.imaging")

@@ -38,6 +38,7 @@ from core_model.tasks import TaskSpec
 LOG = logging.getLogger(__name__)
 
 WARM_UP_SEQUENCES: Final = (1, 1, 32, 64)  # the first of a task pays one-time set-up, unlearned
+WARM_UP_TOKENS: Final = 8192  # of a request, were its sequences as long as they may be
 WARM_UP_ROWS: Final = 64  # of a sequence, at most
 WARM_UP_DEADLINE_MS: Final = 60_000.0
 WARM_UP_TENANT: Final = "warm-up"
@@ -116,7 +117,9 @@ class Engine:
         version = version or self.aliases.stable
         for spec in self._models[version].runner.tasks.values():
             for num_sequences in WARM_UP_SEQUENCES:
-                await self._answer(blank_request(spec, num_sequences), version)
+                room = max(1, WARM_UP_TOKENS // spec.max_tokens)
+                request = blank_request(spec, min(num_sequences, room))
+                await self._answer(request, version)
 
     async def follow(self, aliases: Aliases, load: Load) -> None:
         """Load what aliases name and is not loaded, in a thread, then serve by them.

@@ -1,7 +1,7 @@
 """One case on its way through a batch: where it came from, what was read, what was repaired."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
 
 from apps.imaging.reasons import Reason, Status
 from apps.imaging.stack import SliceStack
@@ -31,3 +31,8 @@ class Case:
     reasons: tuple[Reason, ...]
     stack: SliceStack | None
     headers: "tuple[Dataset | None, ...]" = ()
+
+    def quarantined(self, cause: Reason) -> Self:
+        """Return the case without its slices, with the cause before all other reasons."""
+        reasons = (cause, *self.reasons)
+        return replace(self, status=Status.QUARANTINED, reasons=reasons, stack=None, headers=())

@@ -6,6 +6,10 @@ A tilted gantry moves each slice within its plane and unequal steps its place al
 normal; both are in the weights.  Going down in resolution averages (a triangle as wide as
 the coarser of both grids), so that fine noise does not alias.
 
+A weight reaches few neighbours, so the products are sparse.  512 x 512 x 400 take 0.16 s, beside
+two busy processes 0.22 s; dense ones took 0.35 and 1.2 s, as the threads of a BLAS wait for each
+other (2 cores, 2026-11-28).
+
 Coordinates are DICOM's patient axes, millimetres.
 
 Legend: K J I slices, rows and columns of the stack; Z Y X axes of the grid.
@@ -13,14 +17,18 @@ Legend: K J I slices, rows and columns of the stack; Z Y X axes of the grid.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 from apps.imaging.stack import SliceStack
 
 AIR_HU = -1024.0
+SHIFT_MM = 1e-3  # within a plane; less is no shift
 Places = NDArray[np.float64]
+Weights: TypeAlias = "sparse.csr_array[Any, tuple[int, int]]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,15 +90,14 @@ class PatientGrid:
         stack = self.stack
         k_places, j_places, i_places = self.places_mm
         positions = stack.positions_mm - stack.positions_mm[0]
-        along = _weights(positions, k_places, self.mm)
+        along = sparse.csr_array(_weights(positions, k_places, self.mm))
         flat = np.empty((stack.num_slices, j_places.size, i_places.size), dtype=np.float32)
-        down = across = np.empty(0, dtype=np.float32)
-        for k, shear in enumerate(self.shears_mm):
-            if k == 0 or (np.abs(shear - self.shears_mm[k - 1]) > 1e-3).any():
-                down = self._plane_weights(0, shear[0], j_places)
-                across = self._plane_weights(1, shear[1], i_places).T.copy()
+        down, across = (self._plane_weights(axis, 0) for axis in (0, 1))
+        for k, is_moved in enumerate(self._moves):
+            if is_moved:
+                down, across = (self._plane_weights(axis, k) for axis in (0, 1))
             inside = stack.hu[k].astype(np.float32) - np.float32(AIR_HU)
-            np.matmul(down, inside @ across, out=flat[k])
+            flat[k] = (across @ (down @ inside).T).T
         grid = (along @ flat.reshape(stack.num_slices, -1)).reshape(-1, *flat.shape[1:])
         grid += np.float32(AIR_HU)
         return np.ascontiguousarray(self._to_patient(grid))
@@ -104,10 +111,13 @@ class PatientGrid:
         down = stack.pixel_mm[0] * np.arange(stack.hu.shape[1], dtype=np.float64)
         across = stack.pixel_mm[1] * np.arange(stack.hu.shape[2], dtype=np.float64)
         out = np.empty(stack.hu.shape, dtype=np.uint8)
-        for k, shear in enumerate(self.shears_mm):
-            j_near = _nearest(down + shear[0], j_places)
-            i_near = _nearest(across + shear[1], i_places)
-            out[k] = grid[k_near[k]][j_near][:, i_near]
+        for k, is_moved in enumerate(self._moves):
+            if k > 0 and not is_moved and k_near[k] == k_near[k - 1]:
+                out[k] = out[k - 1]
+                continue
+            j_near = _nearest(down + self.shears_mm[k, 0], j_places)
+            i_near = _nearest(across + self.shears_mm[k, 1], i_places)
+            out[k] = grid[k_near[k]][:, i_near][j_near]
         return out
 
     def gather(self, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -127,9 +137,18 @@ class PatientGrid:
         upright: NDArray[np.uint8] = grid.transpose([axis for axis, _ in self.axes])[self._mirrors]
         return np.ascontiguousarray(upright)
 
-    def _plane_weights(self, axis: int, shear_mm: float, places: Places) -> NDArray[np.float32]:
+    @cached_property
+    def _moves(self) -> NDArray[np.bool_]:
+        """Whether a slice lies elsewhere in its plane than the one before it, bool [K]."""
+        is_moved = np.zeros(self.stack.num_slices, dtype=np.bool_)
+        is_moved[1:] = (np.abs(np.diff(self.shears_mm, axis=0)) > SHIFT_MM).any(axis=1)
+        return is_moved
+
+    def _plane_weights(self, axis: int, k: int) -> Weights:
+        """Return what the pixels of a slice give to the grid along rows (0) or columns (1)."""
         pixels = np.arange(self.stack.hu.shape[axis + 1], dtype=np.float64)
-        return _weights(self.stack.pixel_mm[axis] * pixels + shear_mm, places, self.mm)
+        have = self.stack.pixel_mm[axis] * pixels + self.shears_mm[k, axis]
+        return sparse.csr_array(_weights(have, self.places_mm[axis + 1], self.mm))
 
     @property
     def _mirrors(self) -> tuple[slice, ...]:

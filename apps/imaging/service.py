@@ -21,7 +21,7 @@ from apps.imaging.outputs.write import write_batch, write_case
 from apps.imaging.reading.bounds import Bounds
 from apps.imaging.reading.discovery import discover
 from apps.imaging.reading.door import read_case
-from apps.imaging.reading.source import Source
+from apps.imaging.reading.source import RejectedError, Source
 from apps.imaging.segmentation import TASK, Stopwatch, segment
 from cluster.client import Client
 from cluster.errors import ConfigurationError
@@ -56,7 +56,10 @@ class CaseService:
         watch.lap("read")
         findings = None
         if case.stack is not None:
-            findings = await segment(case, client, self.calibration)
+            try:
+                findings = await segment(case, client, self.calibration)
+            except RejectedError as error:
+                case = case.quarantined(error.reason)
         seconds = dict(watch.seconds) | dict(findings.seconds if findings else {})
         watch = Stopwatch()
         written = await asyncio.to_thread(write_case, case, findings, directory, self.outputs)

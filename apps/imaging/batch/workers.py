@@ -209,7 +209,7 @@ class CaseWorker:
             attempts.end(attempt, Kind.RELEASED)
             raise
         except Exception as error:  # noqa: BLE001 - one case must not take others with it
-            await self._fail(attempts, attempt, _first_of(error))
+            await self._fail(attempts, attempt, error)
         else:
             self._silent_since_s, self._pause_s = None, self._plan.settings.first_pause_s
 
@@ -269,13 +269,6 @@ def _give_up(error: UnavailableError, silent_s: float) -> NoReturn:
         f"{type(error).__name__}; see `trimoe status`, then go on with --resume"
     )
     raise ConfigurationError(message) from error
-
-
-def _first_of(error: Exception) -> Exception:
-    """Return the first error of a group of tasks, and any other as it is."""
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def _full_disk(error: BaseException) -> OSError | None:

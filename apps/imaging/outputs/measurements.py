@@ -74,7 +74,7 @@ def _group(
         tracking_identifier=sr.TrackingIdentifier(
             uid=derivation.uid("organ", organ.name), identifier=organ.name
         ),
-        referenced_segment=_reference(segmentation, number),
+        referenced_segment=sr.ReferencedSegment.from_segmentation(segmentation, number),
         finding_category=CATEGORY,
         finding_type=anatomy.code,
         finding_sites=[
@@ -84,30 +84,6 @@ def _group(
             name=MAKER, version=derivation.findings.model_version[:LONG_STRING]
         ),
         measurements=_measurements(organ),
-    )
-
-
-def _reference(segmentation: Segmentation, number: int) -> sr.ReferencedSegment:
-    """Return the reference to a segment and its images.
-
-    highdicom's own (0.28) finds no segment where it had written only one: what all frames
-    have in common stands in the shared functional groups.
-    """
-    shared = segmentation.SharedFunctionalGroupsSequence[0]
-    images: dict[str, sr.SourceImageForSegmentation] = {}
-    for frame in segmentation.PerFrameFunctionalGroupsSequence:
-        owner = frame if "SegmentIdentificationSequence" in frame else shared
-        if owner.SegmentIdentificationSequence[0].ReferencedSegmentNumber != number:
-            continue
-        for derivation_item in frame.DerivationImageSequence:
-            for source in derivation_item.SourceImageSequence:
-                uid = source.ReferencedSOPInstanceUID
-                images[uid] = sr.SourceImageForSegmentation(source.ReferencedSOPClassUID, uid)
-    return sr.ReferencedSegment(
-        sop_class_uid=segmentation.SOPClassUID,
-        sop_instance_uid=segmentation.SOPInstanceUID,
-        segment_number=number,
-        source_images=list(images.values()),
     )
 
 

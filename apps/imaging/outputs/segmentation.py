@@ -7,6 +7,7 @@ such voxels have no segment, and segments are numbered from 1 in the order of la
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import numpy as np
 from highdicom import AlgorithmIdentificationSequence, PixelMeasuresSequence
@@ -64,6 +65,7 @@ def segmentation_of(derivation: Derivation) -> Segmentation | None:
     )
     if thickness_mm.min() != thickness_mm.max():
         _spread_thickness(segmentation, derivation.references, thickness_mm)
+    _identify_frames(segmentation)
     _name_dimensions(segmentation, derivation.uid("dimensions"))
     derivation.finish(segmentation)
     return segmentation
@@ -99,6 +101,16 @@ def _description(organ: Organ, number: int, derivation: Derivation) -> SegmentDe
         modifier = CodedConcept.from_code(anatomy.laterality)
         kind.SegmentedPropertyTypeModifierCodeSequence = [modifier]
     return description
+
+
+def _identify_frames(segmentation: Segmentation) -> None:
+    """Let each frame name its segment; highdicom names a lone one once for all, and misses it."""
+    shared = segmentation.SharedFunctionalGroupsSequence[0]
+    if "SegmentIdentificationSequence" not in shared:
+        return
+    for frame in segmentation.PerFrameFunctionalGroupsSequence:
+        frame.SegmentIdentificationSequence = deepcopy(shared.SegmentIdentificationSequence)
+    del shared.SegmentIdentificationSequence
 
 
 def _name_dimensions(segmentation: Segmentation, uid: str) -> None:

@@ -33,6 +33,7 @@ quarantined
                           DICOM that cannot be used
     NIFTI_UNREADABLE, NIFTI_NOT_3D, AFFINE_..., UNIT_NOT_MM, ORIENTATION_MISSING, VOXELS_...
                           likewise NIfTI
+    BODY_MISSING          read well, and all of it is air; found by ``segmentation``
     READING_FAILED        an error of ours, or of a library
 """
 

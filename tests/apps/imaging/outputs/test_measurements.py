@@ -102,22 +102,16 @@ def test_evidence_lists_the_segmentation_and_every_slice(
     assert report.StudyInstanceUID == seg.StudyInstanceUID == f"{UID_ROOT}.1"
 
 
-def test_a_single_organ_is_measured_too(plain: Sample, tmp_path: Path) -> None:
-    """With one segment, highdicom writes its number once for all frames."""
-    only = next(organ for organ in plain.findings.organs if organ.box)
-    organs = tuple(
-        organ
-        if organ is only
-        else replace(organ, box=None, volume_ml=0.0, mean_hu=float("nan"), sd_hu=float("nan"))
-        for organ in plain.findings.organs
-    )
-    labels = np.where(plain.findings.labels == only.label, only.label, 0).astype(np.uint8)
-    findings = replace(plain.findings, organs=organs, labels=labels)
-    settings = OutputSettings(KEY, BOTH, keep_identity=True)
-    outputs = write_case(plain.case, findings, tmp_path, settings)
+def test_a_lone_organ_has_its_segment_and_its_measurements(plain: Sample, tmp_path: Path) -> None:
+    (mandible,) = (organ for organ in plain.findings.organs if organ.name == "Mandible")
+    labels = np.where(plain.findings.labels == mandible.label, mandible.label, 0).astype(np.uint8)
+    findings = replace(plain.findings, labels=labels, organs=(mandible,))
+    outputs = write_case(plain.case, findings, tmp_path, OutputSettings(KEY, BOTH))
+    segmentation = dcmread(tmp_path / outputs["segmentation"])
+    assert {
+        frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+        for frame in segmentation.PerFrameFunctionalGroupsSequence
+    } == {1}
     report = dcmread(tmp_path / outputs["measurements"])
     (group,) = items(report, "Measurement Group")
-    assert next(items(group, "Tracking Identifier")).TextValue == only.name
-    assert len(list(items(group, "Source Image for Segmentation"))) == len(
-        np.flatnonzero((labels > 0).any(axis=(1, 2)))
-    )
+    assert next(items(group, "Tracking Identifier")).TextValue == "Mandible"

@@ -17,7 +17,7 @@ from core_model.checkpoint import load_checkpoint
 def data(tmp_path: Path) -> Path:
     """Large and small boxes, in the layout of the benchmark."""
     rng = np.random.default_rng(0)
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for part, num in (("train", 32), ("val", 12), ("test", 12)):
         masks = np.zeros((num, 28, 28, 28), dtype=np.uint8)
         classes = np.arange(num) % 2
@@ -26,7 +26,7 @@ def data(tmp_path: Path) -> Path:
             mask[tuple(slice(a, a + edge) for a in low)] = 255
         arrays[f"{part}_images"], arrays[f"{part}_labels"] = masks, classes[:, None]
     path = tmp_path / "adrenalmnist3d.npz"
-    np.savez(path, **arrays)
+    np.savez(path, allow_pickle=False, **arrays)
     return path
 
 
