@@ -97,11 +97,13 @@ def serve(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM."""
     import uvicorn  # noqa: PLC0415 - of the platform, not of publishing
 
+    from apps.console.server import add_console  # noqa: PLC0415 - likewise
     from apps.maintenance.sync.server import create_app  # noqa: PLC0415 - likewise
 
     with Control(args.fleet) as control:
         Repository(control.repository, [])  # says what to do if there is none
         app = create_app(control, control.repository)
+        add_console(app, control)
         uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
     return 0
 

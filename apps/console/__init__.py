@@ -1,0 +1,1 @@
+"""Web pages over the fleet: machines, alerts, rollouts, drift, downtime ledger, audit log."""
