@@ -260,6 +260,9 @@ class Agent:
                 "life": [round(float(hours), 1) for hours in found.life[idx]],
             }
             messages.append((Priority.FORECAST, _encode("forecast", facts)))
+            values = {name: round(value, 4) for name, value in window.features.items()}
+            seen = {"machine": window.machine, "time": window.time, "values": values}
+            messages.append((Priority.TELEMETRY, _encode("telemetry", seen)))
             for component, is_alert in zip(components, found.is_alert[idx], strict=True):
                 key = window.machine, component
                 if is_alert and key not in self._alerting:

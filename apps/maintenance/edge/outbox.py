@@ -20,8 +20,10 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Self
 
+from apps.maintenance.edge.durable import write_whole
 from cluster.errors import ConfigurationError, UnavailableError
 
+EPOCH_NUMBERS = 2**40  # of a file; the platform tells messages apart by their numbers
 PAGE_BYTES = 4096
 MIN_CAP_BYTES = 128 * PAGE_BYTES
 _LOG_SHARE = 4  # a quarter of the cap is for the write-ahead log, what is left for the file
@@ -42,9 +44,10 @@ CREATE TABLE IF NOT EXISTS evicted (priority INTEGER PRIMARY KEY, num INTEGER NO
 class Priority(IntEnum):
     """What is given up first when there is no room: the lowest."""
 
-    FORECAST = 0
-    EVENT = 1
-    ALERT = 2
+    TELEMETRY = 0
+    FORECAST = 1
+    EVENT = 2
+    ALERT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,7 @@ class Outbox:
             if isinstance(error, sqlite3.OperationalError):  # locked, full: not damage
                 raise
             self.was_damaged = True
+            self._begin_epoch()
             self._set_aside()
             self._db = self._open()
 
@@ -166,11 +170,30 @@ class Outbox:
             db.execute(f"PRAGMA wal_autocheckpoint = {max(1, self._log_pages // 4)}")
             db.execute(f"PRAGMA journal_size_limit = {self._log_pages * PAGE_BYTES // 2}")
             db.executescript(_SCHEMA)
+            db.execute(
+                "INSERT INTO sqlite_sequence SELECT 'messages', ? "
+                "WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'messages')",
+                (self._epoch() * EPOCH_NUMBERS,),
+            )
             _check(db)
         except BaseException:
             db.close()
             raise
         return db
+
+    @property
+    def _epoch_file(self) -> Path:
+        return self._path.with_name(f"{self._path.name}.epoch")
+
+    def _epoch(self) -> int:
+        """Files before this one: a damaged one does not say which numbers it has used."""
+        try:
+            return int(self._epoch_file.read_text(encoding="ascii"))
+        except (FileNotFoundError, ValueError):
+            return 0
+
+    def _begin_epoch(self) -> None:
+        write_whole(self._epoch_file, b"%d" % (self._epoch() + 1))
 
     def _set_aside(self) -> None:
         """Keep a damaged file for whoever wants to look, one at most."""

@@ -122,6 +122,7 @@ def test_a_rollout_is_paused_resumed_and_approved(browser: "Browser", plant: Pla
     rollouts = plant.control.rollouts
     visit = Visit(browser, plant)
     page = visit.page
+    page.on("filechooser", lambda _: None)  # Chromium is told early that we choose the file
     visit.open("rollouts")
 
     visit.tab_to(f"Pause rollout {number}")

@@ -97,6 +97,17 @@ def test_a_damaged_file_is_set_aside(tmp_path: Path) -> None:
     assert path.with_name("o.db.damaged").exists()
 
 
+def test_numbers_go_on_behind_a_damaged_file(tmp_path: Path) -> None:
+    path, seen = tmp_path / "o.db", []
+    for _ in range(3):
+        with Outbox(path, CAP_BYTES) as outbox:
+            outbox.put([(Priority.EVENT, b"on")] * 3)
+            seen += [message.seq for message in outbox.head()]
+        path.write_bytes(b"not a database at all" * 1000)
+    assert len(set(seen)) == 9
+    assert seen == sorted(seen)
+
+
 def test_a_cap_that_holds_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="cap"):
         Outbox(tmp_path / "o.db", 1000)
