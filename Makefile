@@ -16,7 +16,7 @@ setup: .venv/.ready
 	  exit 2
 	fi
 	[[ -x $(BIN)/python ]] || "$(PYTHON)" -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[platform,imaging,deploy,gpu,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[platform,imaging,maintenance,deploy,gpu,dev]'
 	touch .venv/.ready
 	echo "set-up took $$SECONDS s"
 

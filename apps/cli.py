@@ -37,6 +37,7 @@ _EXTRA_OF: Final = {  # import name of an optional dependency -> the extra that 
     "jsonschema": "deploy",
     "kafka": "platform",
     "kubernetes_validate": "deploy",
+    "lightgbm": "maintenance",
     "monai": "imaging",
     "nibabel": "imaging",
     "pandas": "platform",
