@@ -7,6 +7,7 @@ failed by a horizon follows by products, so a longer horizon never has a smaller
 Legend: B sequences, D model, H buckets, C components, Q quantiles.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -28,7 +29,7 @@ from core_model.series_tasks import (
 
 TO_VISIT = FORECAST_CONTEXT.index("to_visit_h")
 NUM_BUCKET_COLUMNS = 3
-FIRST_GATE = -0.6  # logit; the sequence experts start with a weight of .35
+FIRST_GATE = -1.0  # logit; the sequence experts start with a weight of .27
 GATE_STEPS = 50
 GATE_PRIOR = 1.0  # nats per squared logit away from the first gate
 LIFE_SCALE = 50.0  # cycles; of the order of the spread of lives
@@ -56,31 +57,32 @@ def failed_by(hazard_BHC: Tensor) -> Tensor:
     return -torch.expm1(functional.logsigmoid(-hazard_BHC).cumsum(dim=1))
 
 
-def hazard_loss(hazard_BHC: Tensor, hours_BC: Tensor) -> Tensor:
+def hazard_loss(hazard_BHC: Tensor, hours_BC: Tensor, observed_B: Tensor) -> Tensor:
     """Return the negative log likelihood of each row [B].
 
     Args:
         hazard_BHC: Logits.
         hours_BC: Hours to each component's next failure, above 0; a component is at risk in
             a bucket if it fails after the bucket's start.
+        observed_B: Hours for which a row was looked after; a bucket that ends later says nothing.
     """
     ends_H1 = torch.tensor(HORIZONS, device=hours_BC.device).unsqueeze(1)
     starts_H1 = torch.cat([ends_H1.new_zeros(1, 1), ends_H1[:-1]])
     hours_B1C = hours_BC.unsqueeze(1)
-    at_risk = (hours_B1C > starts_H1).to(hazard_BHC.dtype)
+    is_observed = (observed_B.unsqueeze(1) >= ends_H1.T).unsqueeze(2)
+    at_risk = ((hours_B1C > starts_H1) & is_observed).to(hazard_BHC.dtype)
     fails = (hours_B1C <= ends_H1).to(hazard_BHC.dtype)
     entropy = functional.binary_cross_entropy_with_logits(hazard_BHC, fails, reduction="none")
     return (entropy * at_risk).sum(dim=(1, 2))
 
 
-def fit_gate(tree_BHC: Tensor, sequence_BHC: Tensor, hours_BC: Tensor, weights_B: Tensor) -> Tensor:
+def fit_gate(tree_BHC: Tensor, sequence_BHC: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the logit of each hazard's gate [H, C] that held-out rows favour.
 
     Args:
         tree_BHC: Hazards of the trees.
         sequence_BHC: Those of the sequence experts.
-        hours_BC: Hours to each component's next failure.
-        weights_B: How many rows of the traffic each stands for.
+        loss: Hazards [B, H, C] -> their summed negative log likelihood.
     """
     gate_HC = torch.full(tree_BHC.shape[1:], FIRST_GATE, requires_grad=True)
     optimizer = torch.optim.LBFGS([gate_HC], max_iter=GATE_STEPS)
@@ -88,10 +90,9 @@ def fit_gate(tree_BHC: Tensor, sequence_BHC: Tensor, hours_BC: Tensor, weights_B
     def closure() -> Tensor:
         optimizer.zero_grad()
         hazard_BHC = tree_BHC + torch.sigmoid(gate_HC) * (sequence_BHC - tree_BHC)
-        loss = (weights_B * hazard_loss(hazard_BHC, hours_BC)).sum()
-        loss = loss + GATE_PRIOR * (gate_HC - FIRST_GATE).square().sum()
-        loss.backward()
-        return loss
+        value = loss(hazard_BHC) + GATE_PRIOR * (gate_HC - FIRST_GATE).square().sum()
+        value.backward()
+        return value
 
     optimizer.step(closure)
     return gate_HC.detach()

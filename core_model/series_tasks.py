@@ -73,7 +73,7 @@ FORECAST_CONTEXT = (  # see apps/maintenance/features.py
 )
 FORECAST_SHAPE = SeriesShape(
     channels=NUM_SENSORS,
-    patch=3,
+    patch=6,
     codes=NUM_ERRORS + NUM_COMPONENTS,
     context=len(FORECAST_CONTEXT),
     tree=NUM_HAZARDS,

@@ -24,8 +24,8 @@ from apps.maintenance.protocol import Rows
 SUMMARY_HOURS = (3, 6, 12, 24, 48)
 ERROR_HOURS = (12, 24, 48)
 AHEAD_HOURS = 48  # telemetry this near to the coming visit is summed up by itself
-PATCH_HOURS = 3
-NUM_PATCHES = 16  # back to 48 hours
+PATCH_HOURS = 6
+NUM_PATCHES = 8  # back to 48 hours
 EVENT_HOURS = 168  # errors back to a week
 MAX_ERRORS = 32
 NUM_MODELS = 4

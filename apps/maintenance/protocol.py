@@ -118,16 +118,20 @@ def leads(rows: Rows, alarm: Bools, events: Events, horizon: int) -> Ints:
     return lead
 
 
-def false_episodes(rows: Rows, alarm: Bools, truth: Ints) -> int:
-    """Count the episodes of joined alarm rows none of which has a true label."""
+def episode_ids(rows: Rows, alarm: Bools, truth: Ints) -> tuple[Ints, Bools]:
+    """Return the episode of each alarm row, and which episodes hold a row with a true label."""
     machine, hour, real = rows.machine[alarm], rows.hour[alarm], truth[alarm] > 0
-    if machine.size == 0:
-        return 0
     starts = np.ones(machine.size, bool)
     starts[1:] = (np.diff(machine) != 0) | (np.diff(hour) > JOIN_HOURS)
     episodes = np.cumsum(starts) - 1
-    is_real = np.zeros(episodes[-1] + 1, bool)
+    is_real = np.zeros(int(starts.sum()), bool)
     np.logical_or.at(is_real, episodes, real)
+    return episodes, is_real
+
+
+def false_episodes(rows: Rows, alarm: Bools, truth: Ints) -> int:
+    """Count the episodes of joined alarm rows none of which has a true label."""
+    _, is_real = episode_ids(rows, alarm, truth)
     return int((~is_real).sum())
 
 

@@ -17,13 +17,8 @@ from apps.maintenance.protocol import (
     labels,
     metrics,
 )
-from apps.maintenance.training.azure_runs import Runs, stored
+from apps.maintenance.training.azure_runs import Runs, nothing, stored
 from apps.maintenance.training.fit import class_probs
-
-
-def _nothing() -> dict[str, Any]:
-    message = "expected a finished run, found none"
-    raise FileNotFoundError(message)
 
 
 class PartReport:
@@ -36,7 +31,7 @@ class PartReport:
         self.hours = hours_to_failure(part.fleet.failures, self.rows, len(part.fleet.components))
         ours = runs.calibration()
         self.caution, self.margin = ours.caution, ours.margin
-        kept = stored(runs.path("baseline-caution"), _nothing)["caution"]
+        kept = stored(runs.path("baseline-caution"), nothing)["caution"]
         self.baseline_caution = dict(zip(HORIZONS, kept.tolist(), strict=True))
 
     def figures(self) -> dict[str, Any]:
@@ -76,7 +71,7 @@ class PartReport:
     def coverage(self, seed: int) -> float:
         """Return how often the interval of the hours left holds, on rows where they are known."""
         part = self.runs.part
-        run = stored(self.runs.path(f"ours-{seed}"), _nothing)
+        run = stored(self.runs.path(f"ours-{seed}"), nothing)
         known = self.rows.hour < part.test_end - LIFE_CAP_HOURS
         left = np.log1p(np.minimum(self.hours.min(axis=1), LIFE_CAP_HOURS))
         quantiles = run["log_hours_both"][known].astype(np.float32)
@@ -85,14 +80,14 @@ class PartReport:
         )
 
     def _ours(self, seed: int, variant: str, expert: str) -> dict[str, Any]:
-        run = stored(self.runs.path(f"ours-{seed}"), _nothing)
+        run = stored(self.runs.path(f"ours-{seed}"), nothing)
         probs = class_probs(run[f"{expert}_{variant}"].astype(np.float32))
         return {
             str(h): self._judge(probs[:, i], h, self.caution[h]) for i, h in enumerate(HORIZONS)
         }
 
     def _baseline(self, seed: int) -> dict[str, Any]:
-        run = stored(self.runs.path(f"baseline-{seed}"), _nothing)
+        run = stored(self.runs.path(f"baseline-{seed}"), nothing)
         return {
             str(h): self._judge(run[str(h)].astype(np.float64), h, self.baseline_caution[h])
             for h in HORIZONS

@@ -37,7 +37,7 @@ from apps.maintenance.training.trees import ask_trees, fit_hazard_trees
 
 Stored = Mapping[str, NDArray[np.generic]]
 FAR_HOURS = HORIZONS[-1] + 3  # to the coming visit: beyond, nothing is about to happen
-FAR_SHARE = 0.1  # of those rows are trained on, with the weight of ten
+MOST_FAR_ROWS = 12_000  # of those are trained on, each with the weight of all it stands for
 DEGRADED_SHARE = 0.25  # of the rows are trained on again with one input gone
 
 
@@ -49,6 +49,16 @@ def stored(path: Path, make: Callable[[], Stored]) -> Stored:
         partial.rename(path)
     with np.load(path, allow_pickle=False) as file:
         return dict(file)
+
+
+def nothing() -> Stored:
+    """Stand for a part that must be there already.
+
+    Raises:
+        FileNotFoundError: Always.
+    """
+    message = "expected a finished run in the work folder, found none; run the evaluation again"
+    raise FileNotFoundError(message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +94,18 @@ class Runs:
     def examples(self) -> Examples:
         """Return the training rows: all near a visit, some far from it, some degraded."""
         part, generator = self.part, np.random.default_rng(0)
-        train = part.rows.take(part.train(HORIZONS[-1]))
-        to_visit = hours_to_service(part.fleet.maintenance, train, self.period)
-        far = (to_visit > FAR_HOURS) & (generator.random(train.size) >= FAR_SHARE)
-        rows = train.take(~far)
-        is_far = to_visit[~far] > FAR_HOURS
+        train = part.rows.take(part.train(HORIZONS[0]))
+        is_far = hours_to_service(part.fleet.maintenance, train, self.period) > FAR_HOURS
+        share = min(1.0, MOST_FAR_ROWS / max(int(is_far.sum()), 1))
+        kept = ~is_far | (generator.random(train.size) < share)
+        rows, is_far = train.take(kept), is_far[kept]
         series = forecast_inputs(part.fleet, rows, self.period)
         hours = hours_to_failure(part.fleet.failures, rows, len(part.fleet.components))
         left = np.minimum(hours.min(axis=1), LIFE_CAP_HOURS).astype(np.float32)
         left[rows.hour > part.train_end - LIFE_CAP_HOURS] = np.nan
-        weight = np.where(is_far, 1.0 / FAR_SHARE, 1.0).astype(np.float32)
-        whole = Examples(series, rows.machine, hours, left, weight)
+        weight = np.where(is_far, 1.0 / share, 1.0).astype(np.float32)
+        observed = part.train_end - 1 - rows.hour
+        whole = Examples(series, rows.machine, hours, observed, left, weight)
         if not self.has_telemetry:
             return whole
         again = [whole]
@@ -105,7 +116,7 @@ class Runs:
             joined([e.series for e in again]),
             *(
                 np.concatenate([getattr(e, name) for e in again])
-                for name in ("machine", "hours", "left", "weight")
+                for name in ("machine", "hours", "observed", "left", "weight")
             ),
         )
 
@@ -117,8 +128,8 @@ class Runs:
             return
         examples = self.examples()
         fit = Fit(0, self.device, self.preset, self.threads, name)
-        trees = stored(self.path("trees"), lambda: {"tree": cross_fit_trees(examples, fit)})
-        tree = trees["tree"].astype(np.float32)
+        stored(self.path("trees"), lambda: {"tree": cross_fit_trees(examples, fit)})
+        tree = self.tree_answers()
         self.say(f"{name}: {examples.machine.size} rows, trees cross-fitted")
         self.calibration(lambda: calibrate(examples, tree, fit))
         self.say(f"{name}: calibrated on held-out machines")
@@ -126,6 +137,10 @@ class Runs:
             seeded = Fit(seed, self.device, self.preset, self.threads, f"{name} seed {seed}")
             stored(self.path(f"ours-{seed}"), lambda: self._ask_test(examples, tree, seeded))  # noqa: B023 - called at once
             self.say(f"{name}: seed {seed} done after {time.monotonic() - start:.0f} s")
+
+    def tree_answers(self) -> NDArray[np.float32]:
+        """Return the cross-fitted answers of the trees on the training rows [N, H * C]."""
+        return stored(self.path("trees"), nothing)["tree"].astype(np.float32)
 
     def _ask_test(self, examples: Examples, tree: NDArray[np.float32], fit: Fit) -> Stored:
         booster = fit_hazard_trees(examples.lives, fit.seed, self.threads)
@@ -150,8 +165,7 @@ class Runs:
 
         def arrays() -> Stored:
             if make is None:
-                message = f"{self.path('calibration')}: expected a finished calibration, found none"
-                raise FileNotFoundError(message)
+                return nothing()
             made = make()
             caution = np.array([made.caution[h] for h in HORIZONS])
             return {"caution": caution, "margin": np.array(made.margin), "gate": made.gate}

@@ -15,17 +15,25 @@ import torch
 
 from apps.maintenance.azure import load_fleet
 from apps.maintenance.splits import parts
-from apps.maintenance.training import azure_report, baseline, fit, trees
+from apps.maintenance.training import (
+    azure_report,
+    azure_runs,
+    baseline,
+    cmapss_report,
+    cmapss_runs,
+    fit,
+    trees,
+)
 from apps.maintenance.training.azure_report import PartReport
 from apps.maintenance.training.azure_runs import Runs
-
-INPUTS = ("logs", "windows", "contiguous")
+from apps.maintenance.training.cmapss_runs import LifeRuns
 
 
 def evaluate_azure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Return the figures of all three inputs, and of degraded ones."""
     fleet = load_fleet(args.data)
-    facts = [fit.SETTINGS, trees.PARAMETERS, trees.NUM_ROUNDS, baseline.PARAMETERS, args.preset]
+    facts = [fit.SETTINGS, fit.LEAST_STEPS, azure_runs.MOST_FAR_ROWS, azure_runs.DEGRADED_SHARE]
+    facts += [trees.PARAMETERS, trees.NUM_ROUNDS, baseline.PARAMETERS, args.preset]
     folder = work_folder(args, facts)
     figures: dict[str, Any] = {}
     degraded: dict[str, Any] = {}
@@ -39,6 +47,21 @@ def evaluate_azure(args: argparse.Namespace, say: Callable[[str], None]) -> dict
         if runs.has_telemetry:
             degraded[part.name] = report.degraded()
     return {**figures, "degraded": degraded}
+
+
+def evaluate_cmapss(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return the figures of one subset."""
+    facts = [cmapss_runs.SETTINGS, cmapss_runs.MOST_ROWS, cmapss_runs.FADE_CYCLES, args.preset]
+    facts += [cmapss_runs.TREES, cmapss_runs.NUM_ROUNDS, cmapss_runs.RECIPE, str(args.data)]
+    folder = work_folder(args, facts)
+    runs = LifeRuns(args.data, args.subset, folder, args.device, args.preset, args.threads, say)
+    runs.run(range(args.seeds))
+    figures = cmapss_report.life_figures(runs, args.seeds)
+    print(cmapss_report.as_text(figures))
+    return figures
+
+
+EVALUATIONS = {"azure": evaluate_azure, "cmapss": evaluate_cmapss}
 
 
 def work_folder(args: argparse.Namespace, facts: list[Any]) -> Path:
@@ -59,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - started:5.0f} s] {text}", file=sys.stderr)
 
-    figures = evaluate_azure(args, say)
+    figures = EVALUATIONS[args.dataset](args, say)
     figures |= {"seconds": round(time.monotonic() - started, 1), "device": args.device}
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

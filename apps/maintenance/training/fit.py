@@ -32,6 +32,7 @@ from core_model.series_tasks import FORECAST, HORIZONS, NUM_COMPONENTS, NUM_HAZA
 from core_model.training import TrainSettings, WeightedSample, predict, rebalance_task, train_task
 
 SETTINGS = TrainSettings(epochs=4, batch_size=512, peak_lr=2e-3, weight_decay=0.3)
+LEAST_STEPS = 200  # of training, where rows are few
 HOURS_WEIGHT = 0.1  # of the quantiles' loss beside the hazards'
 CAUTIONS = tuple(np.geomspace(0.05, 2.0, 40).tolist())
 FIRST_HOURS = FORECAST.outputs.index("log_hours_5")
@@ -47,6 +48,7 @@ class Examples:
         series: Their inputs.
         machine: Index of each row's machine [N].
         hours: To each component's next failure [N, C].
+        observed: Hours for which each row was looked after [N].
         left: Hours to the machine's next failure up to the cap [N], NaN where not known.
         weight: How many rows of the traffic each stands for [N].
     """
@@ -54,13 +56,14 @@ class Examples:
     series: Series
     machine: Ints
     hours: Ints
+    observed: Ints
     left: Floats32
     weight: Floats32
 
     @property
     def lives(self) -> Lives:
         """What the trees learn from."""
-        return Lives(self.series.context, self.hours, self.weight)
+        return Lives(self.series.context, self.hours, self.observed, self.weight)
 
     def batch(self, tree: Floats32, device: str) -> RaggedBatch:
         """Return them as one packed batch with the trees' answers."""
@@ -73,6 +76,7 @@ class Examples:
             self.series.take(rows),
             self.machine[rows],
             self.hours[rows],
+            self.observed[rows],
             self.left[rows],
             self.weight[rows],
         )
@@ -152,6 +156,7 @@ def fit_sequence(examples: Examples, tree: Floats32, fit: Fit) -> MoETransformer
     if isinstance(adapter, SeriesAdapter):
         adapter.fit_scaling(batch)
     hours_BC, weight_B = _tensor(examples.hours, fit.device), _tensor(examples.weight, fit.device)
+    observed_B = _tensor(examples.observed, fit.device)
     known_B = _tensor(~np.isnan(examples.left), fit.device)
     log_left_B = torch.log1p(_tensor(np.nan_to_num(examples.left), fit.device))
 
@@ -161,19 +166,20 @@ def fit_sequence(examples: Examples, tree: Floats32, fit: Fit) -> MoETransformer
         sequence = outputs[:, FIRST_SEQUENCE:].unflatten(1, (len(HORIZONS), NUM_COMPONENTS))
         quantiles = outputs[:, FIRST_HOURS:FIRST_HAZARD]
         hours = pinball_loss(quantiles, log_left_B[chosen]) * known_B[chosen]
-        per_row = hazard_loss(sequence, hours_BC[chosen]) + HOURS_WEIGHT * hours
+        per_row = hazard_loss(sequence, hours_BC[chosen], observed_B[chosen]) + HOURS_WEIGHT * hours
         return (weight * per_row).sum()
 
-    train_task(
-        model,
-        WeightedSample(FORECAST.name, batch, weight_B),
-        loss,
-        fit.settings,
-        generator,
-        lambda *_: None,
-    )
+    settings = _settings(fit, examples.machine.size)
+    sample = WeightedSample(FORECAST.name, batch, weight_B)
+    train_task(model, sample, loss, settings, generator, lambda *_: None)
     rebalance_task(model, FORECAST.name, batch)
     return model
+
+
+def _settings(fit: Fit, num_rows: int) -> TrainSettings:
+    """Return the settings with as many epochs as few rows need."""
+    per_epoch = max(num_rows // fit.settings.batch_size, 1)
+    return replace(fit.settings, epochs=max(fit.settings.epochs, -(-LEAST_STEPS // per_epoch)))
 
 
 def ask(model: MoETransformer, series: Series, tree: Floats32, device: str) -> Answers:
@@ -212,18 +218,22 @@ def calibrate(examples: Examples, tree: Floats32, fit: Fit) -> Calibration:
     answers = cross_fit(examples.machine, NUM_HAZARDS + 3, fold)
     sequence, log_hours = answers[:, :NUM_HAZARDS], answers[:, NUM_HAZARDS:]
     shape = (-1, len(HORIZONS), NUM_COMPONENTS)
+    hours_BC, observed_B = torch.from_numpy(examples.hours), torch.from_numpy(examples.observed)
+    weight_B = torch.from_numpy(examples.weight)
+
+    def loss(hazard_BHC: Tensor) -> Tensor:
+        return (weight_B * hazard_loss(hazard_BHC, hours_BC, observed_B)).sum()
+
     gate = fit_gate(
-        torch.from_numpy(tree).view(shape),
-        torch.from_numpy(sequence).view(shape),
-        torch.from_numpy(examples.hours),
-        torch.from_numpy(examples.weight),
+        torch.from_numpy(tree).view(shape), torch.from_numpy(sequence).view(shape), loss
     )
     share = torch.sigmoid(gate).numpy().reshape(1, -1)
     probs = class_probs(tree + share * (sequence - tree))
-    caution = {
-        horizon: tune_caution(probs[:, i], labels(examples.hours, horizon), CAUTIONS)
-        for i, horizon in enumerate(HORIZONS)
-    }
+    caution = {}
+    for i, horizon in enumerate(HORIZONS):
+        seen = examples.observed >= horizon
+        truth = labels(examples.hours[seen], horizon)
+        caution[horizon] = tune_caution(probs[seen, i], truth, CAUTIONS)
     known = ~np.isnan(examples.left)
     margin = conformal_margin(
         log_hours[known], np.log1p(examples.left[known]), np.log1p(LIFE_CAP_HOURS)

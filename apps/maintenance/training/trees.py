@@ -42,16 +42,18 @@ class Lives(NamedTuple):
     Args:
         context: [N, C].
         hours: To each component's next failure [N, C].
+        observed: Hours for which each row was looked after [N].
         weight: How many rows of the traffic each stands for [N].
     """
 
     context: Floats32
     hours: Ints
+    observed: Ints
     weight: Floats32
 
     def take(self, kept: NDArray[np.bool_]) -> "Lives":
         """Return the rows of a mask."""
-        return Lives(self.context[kept], self.hours[kept], self.weight[kept])
+        return Lives(self.context[kept], self.hours[kept], self.observed[kept], self.weight[kept])
 
 
 def bucket_rows(context: Floats32) -> Floats32:
@@ -62,11 +64,12 @@ def bucket_rows(context: Floats32) -> Floats32:
 
 
 def fit_hazard_trees(lives: Lives, seed: int, threads: int) -> xgboost.Booster:
-    """Fit on all buckets that a row may still fail in."""
+    """Fit on all buckets that a row may still fail in and that were looked after."""
     ends = np.array(HORIZONS)[None, :, None]
     starts = np.concatenate([[0], HORIZONS[:-1]])[None, :, None]
     hours = lives.hours[:, None]
-    at_risk = (hours > starts).any(axis=2)
+    observed = np.array(HORIZONS) <= lives.observed[:, None]
+    at_risk = (hours > starts).any(axis=2) & observed
     fails = ((hours > starts) & (hours <= ends)).astype(np.float32)
     weight = np.repeat(lives.weight[:, None], len(HORIZONS), axis=1)
     data = xgboost.DMatrix(
