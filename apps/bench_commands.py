@@ -1,12 +1,9 @@
 """``trimoe bench SUBJECT``: measurements; what they run is imported when they run."""
 
 import argparse
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import TypeAlias
 
-Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+from apps.arguments import Subparsers, later, positive
 
 SERVING_CASES = ("mixed", "goodput", "lengths", "long", "overload", "versions", "sweep")
 
@@ -20,27 +17,11 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_imaging(subjects)
 
 
-def _runner(module: str) -> Callable[[argparse.Namespace], int]:
-    def run(args: argparse.Namespace) -> int:
-        main: Callable[[argparse.Namespace], int] = import_module(module).main
-        return main(args)
-
-    return run
-
-
 def _add_common(parser: argparse.ArgumentParser, module: str) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--results", type=Path, metavar="DIR", help="default: benchmarks/results")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.set_defaults(run=_runner(module))
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        message = f"expected 1 or more, got {number}"
-        raise argparse.ArgumentTypeError(message)
-    return number
+    parser.set_defaults(run=later(module))
 
 
 def _add_fraud(subjects: Subparsers) -> None:
@@ -75,9 +56,9 @@ def _add_serving(subjects: Subparsers) -> None:
 
 def _add_imaging(subjects: Subparsers) -> None:
     parser = subjects.add_parser("imaging", help="time per CT case beside dense networks; a batch")
-    parser.add_argument("--cases", type=_positive, default=50, metavar="N", help="of the batch")
+    parser.add_argument("--cases", type=positive, default=50, metavar="N", help="of the batch")
     parser.add_argument(
-        "--repeats", type=_positive, default=5, metavar="N", help="of one case, each"
+        "--repeats", type=positive, default=5, metavar="N", help="of one case, each"
     )
     parser.add_argument(
         "--models", type=Path, metavar="DIR", help="with imaging/; default: the shipped weights"

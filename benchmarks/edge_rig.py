@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Self
 
 import uvicorn
+from fastapi import FastAPI
 from securesystemslib.signer import CryptoSigner
 
 from apps.maintenance.edge.agent import Agent, Clocks
@@ -256,11 +257,15 @@ class Box:
         return [each["event"] for each in self.agent.events.tail(10**6)]
 
 
-@contextlib.contextmanager
-def sync_server(control: Control, repository: Path) -> Iterator[str]:
+def sync_server(control: Control, repository: Path) -> contextlib.AbstractContextManager[str]:
     """Serve the platform's side on the loopback address while the block runs; yield its URL."""
-    config = uvicorn.Config(create_app(control, repository), port=0, log_level="error")
-    server = uvicorn.Server(config)
+    return serving(create_app(control, repository))
+
+
+@contextlib.contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """Serve an application on the loopback address while the block runs; yield its URL."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.dispatch import FLOATS, Impl, check, compute_dtype, select_impl
+from kernels.dispatch import FLOATS, Impl, check, compute_dtype, needs_grad, select_impl
 
 SHORT = 3  # positions of a sequence up to which elementwise products win, with gradient and without
 BLOCK_QUERIES = 256  # rows of a masked block: one score tile of a window of 1024 stays in cache
@@ -133,7 +133,8 @@ def _attention_torch(
             (n,) = groups
             q, k, v = (x.view(-1, n, *x.shape[1:]) for x in (q_THd, k_THd, v_THd))
             return _equal_lengths(q, k, v, pattern).reshape(q_THd.shape).contiguous()
-        if q_THd.is_cuda and q_THd.shape[0] <= LAUNCH_QUERIES:
+        in_training = needs_grad(q_THd, k_THd, v_THd)
+        if q_THd.is_cuda and in_training and q_THd.shape[0] <= LAUNCH_QUERIES:
             return _masked(q_THd, k_THd, v_THd, cu_seqlens, pattern)
         return _by_length(q_THd, k_THd, v_THd, groups, pattern)
 

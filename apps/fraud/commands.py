@@ -2,16 +2,12 @@
 
 import argparse
 import json
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import TypeAlias
 
+from apps.arguments import Subparsers, later
 from apps.fraud.settings import ServiceSettings, Topics
 
 _DEFAULTS = ServiceSettings()
-
-Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -26,16 +22,6 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_evaluate(commands)
     _add_train(commands)
     _add_demo(subparsers)
-
-
-def _later(module: str, function: str = "main") -> Callable[[argparse.Namespace], int]:
-    """Return a runner that imports its module when it is called."""
-
-    def run(args: argparse.Namespace) -> int:
-        runner: Callable[[argparse.Namespace], int] = getattr(import_module(module), function)
-        return runner(args)
-
-    return run
 
 
 def add_kafka_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -89,7 +75,7 @@ def _add_run(commands: Subparsers) -> None:
     )
     parser.add_argument("--profile", type=Path, metavar="DIR", help="write stage times at the end")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.set_defaults(run=_later("apps.fraud.launch", "run_command"))
+    parser.set_defaults(run=later("apps.fraud.launch", "run_command"))
 
 
 def _add_features(commands: Subparsers) -> None:
@@ -140,7 +126,7 @@ def _add_replay(commands: Subparsers) -> None:
     parser.add_argument(
         "--payloads", action="store_true", help="the source holds dead letters: send what failed"
     )
-    parser.set_defaults(run=_later("apps.fraud.replay"))
+    parser.set_defaults(run=later("apps.fraud.replay"))
 
 
 def _add_backtest(commands: Subparsers) -> None:
@@ -151,7 +137,7 @@ def _add_backtest(commands: Subparsers) -> None:
     parser.add_argument("--days", type=int, default=7, help="last days of the file to decide")
     parser.add_argument("--url", required=True, help="HTTP API of a running `trimoe serve`")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.set_defaults(run=_later("apps.fraud.backtest"))
+    parser.set_defaults(run=later("apps.fraud.backtest"))
 
 
 def _add_evaluate(commands: Subparsers) -> None:
@@ -162,7 +148,7 @@ def _add_evaluate(commands: Subparsers) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
     parser.add_argument("--work", type=Path, metavar="DIR", help="finished folds are reused")
-    parser.set_defaults(run=_later("apps.fraud.evaluate"))
+    parser.set_defaults(run=later("apps.fraud.evaluate"))
 
 
 def _add_train(commands: Subparsers) -> None:
@@ -175,7 +161,7 @@ def _add_train(commands: Subparsers) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, metavar="DIR", help="finished parts are reused")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.set_defaults(run=_later("apps.fraud.train"))
+    parser.set_defaults(run=later("apps.fraud.train"))
 
 
 def _add_demo(subparsers: Subparsers) -> None:
@@ -187,7 +173,7 @@ def _add_demo(subparsers: Subparsers) -> None:
     parser.add_argument("--workers", type=int, default=1, metavar="N")
     parser.add_argument("--models", metavar="DIR_OR_URL", help="default: the shipped weights")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.set_defaults(run=_later("apps.fraud.demo"))
+    parser.set_defaults(run=later("apps.fraud.demo"))
 
 
 def write_json(path: Path | None, figures: dict[str, object]) -> None:

@@ -1,12 +1,9 @@
 """The command lines of the imaging application; what they do is imported when they run."""
 
 import argparse
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import TypeAlias
 
-Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+from apps.arguments import Subparsers, count, later, positive
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -19,16 +16,6 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_verify(commands)
     _add_train(commands)
     _add_evaluate(commands)
-
-
-def _later(module: str, function: str) -> Callable[[argparse.Namespace], int]:
-    """Return a runner that imports its module when it is called."""
-
-    def run(args: argparse.Namespace) -> int:
-        runner: Callable[[argparse.Namespace], int] = getattr(import_module(module), function)
-        return runner(args)
-
-    return run
 
 
 def _add_run(commands: Subparsers) -> None:
@@ -45,17 +32,17 @@ def _add_run(commands: Subparsers) -> None:
         help="every N-th case from I; runs of other shards share DIR",
     )
     parser.add_argument(
-        "--in-flight", type=_positive, default=2, metavar="N", help="cases a worker holds at once"
+        "--in-flight", type=positive, default=2, metavar="N", help="cases a worker holds at once"
     )
     parser.add_argument("--key", type=Path, metavar="FILE", help="signs; made on first use")
     _add_workers(parser)
-    parser.set_defaults(run=_later("apps.imaging.service", "run"))
+    parser.set_defaults(run=later("apps.imaging.service", "run"))
 
 
 def _add_verify(commands: Subparsers) -> None:
     parser = commands.add_parser("verify", help="check signature and files, run a sample again")
     parser.add_argument("directory", type=Path, metavar="DIR", help="output of a run")
-    parser.add_argument("--sample", type=_count, default=3, metavar="N", help="cases to run again")
+    parser.add_argument("--sample", type=count, default=3, metavar="N", help="cases to run again")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="chooses them")
     parser.add_argument("--input", type=Path, metavar="INPUT", help="default: as it was run with")
     parser.add_argument(
@@ -65,17 +52,17 @@ def _add_verify(commands: Subparsers) -> None:
         "--work", type=Path, metavar="DIR", help="empty, for the sample; default: a temporary one"
     )
     _add_workers(parser)
-    parser.set_defaults(run=_later("apps.imaging.service", "verify"))
+    parser.set_defaults(run=later("apps.imaging.service", "verify"))
 
 
 def _add_train(commands: Subparsers) -> None:
     parser = commands.add_parser("train", help="weights and calibration of the organ task")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", type=Path, metavar="DIR", help="folder of pt_*.npz, as OpenKBP's")
-    source.add_argument("--phantoms", type=_positive, metavar="N", help="generated anatomy")
+    source.add_argument("--phantoms", type=positive, metavar="N", help="generated anatomy")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     _add_training(parser)
-    parser.set_defaults(run=_later("apps.imaging.training.fit", "main"))
+    parser.set_defaults(run=later("apps.imaging.training.fit"))
 
 
 def _add_evaluate(commands: Subparsers) -> None:
@@ -89,13 +76,13 @@ def _add_evaluate(commands: Subparsers) -> None:
         metavar="PATH",
         help="adrenalmnist3d*.npz, or OpenKBP's folder with train and validation",
     )
-    parser.add_argument("--seeds", type=_positive, default=5, metavar="N", help="of adrenal")
+    parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="of adrenal")
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="keeps weights and figures of finished parts"
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     _add_training(parser)
-    parser.set_defaults(run=_later("apps.imaging.training.evaluate", "main"))
+    parser.set_defaults(run=later("apps.imaging.training.evaluate"))
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +92,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=1800.0, help="of training, each")
     parser.add_argument(
         "--loaders",
-        type=_count,
+        type=count,
         default=0,
         metavar="N",
         help="processes that cut windows, or that train the seeds of adrenal",
@@ -114,7 +101,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=_positive, default=2, metavar="N")
+    parser.add_argument("--workers", type=positive, default=2, metavar="N")
     parser.add_argument(
         "--address",
         metavar="auto|HOST:PORT|ray://..",
@@ -122,19 +109,3 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE")
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        message = f"expected 0 or more, got {number}"
-        raise argparse.ArgumentTypeError(message)
-    return number
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        message = f"expected 1 or more, got {number}"
-        raise argparse.ArgumentTypeError(message)
-    return number

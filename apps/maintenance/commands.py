@@ -1,12 +1,8 @@
 """The command lines of the forecasts; what they do is imported when they run."""
 
-import argparse
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import TypeAlias
 
-Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+from apps.arguments import Subparsers, later, positive
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -22,16 +18,6 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_train(commands)
 
 
-def _later(module: str, function: str) -> Callable[[argparse.Namespace], int]:
-    """Return a runner that imports its module when it is called."""
-
-    def run(args: argparse.Namespace) -> int:
-        runner: Callable[[argparse.Namespace], int] = getattr(import_module(module), function)
-        return runner(args)
-
-    return run
-
-
 def _add_evaluate(commands: Subparsers) -> None:
     parser = commands.add_parser("evaluate", help="the public protocols, beside LightGBM")
     parser.add_argument("--dataset", choices=("azure", "cmapss"), required=True)
@@ -41,23 +27,23 @@ def _add_evaluate(commands: Subparsers) -> None:
     parser.add_argument(
         "--data", type=Path, required=True, metavar="DIR", help="folder of the dataset's files"
     )
-    parser.add_argument("--seeds", type=_positive, default=3, metavar="N")
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N")
     parser.add_argument("--preset", default="small", metavar="NAME", help="sizes of the core")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="finished parts are kept here and reused"
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.set_defaults(run=_later("apps.maintenance.training.evaluate", "main"))
+    parser.set_defaults(run=later("apps.maintenance.training.evaluate"))
 
 
 def _add_simulate(commands: Subparsers) -> None:
     parser = commands.add_parser("simulate", help="generate a fleet as a folder of tables")
-    parser.add_argument("--machines", type=_positive, default=60, metavar="N")
-    parser.add_argument("--days", type=_positive, default=360, metavar="N")
+    parser.add_argument("--machines", type=positive, default=60, metavar="N")
+    parser.add_argument("--days", type=positive, default=360, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.set_defaults(run=_later("apps.maintenance.simulate", "main"))
+    parser.set_defaults(run=later("apps.maintenance.simulate"))
 
 
 def _add_train(commands: Subparsers) -> None:
@@ -73,12 +59,4 @@ def _add_train(commands: Subparsers) -> None:
         "--work", type=Path, metavar="DIR", help="finished parts; default: OUT/work"
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.set_defaults(run=_later("apps.maintenance.training.train", "main"))
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        message = f"expected 1 or more, got {number}"
-        raise argparse.ArgumentTypeError(message)
-    return number
+    parser.set_defaults(run=later("apps.maintenance.training.train"))

@@ -8,21 +8,15 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pytest
-import torch
 
-from apps.imaging.calibration import HU_EDGES, Calibration
 from apps.imaging.phantom import PhantomShape, make_phantom
-from apps.imaging.segmentation import ORGANS
-from core_model.checkpoint import save_checkpoint
-from core_model.config import PRESETS
-from core_model.model import MoETransformer
+from benchmarks.imaging_cases import write_volume
+from benchmarks.untrained_organs import write_untrained
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SMALL = PhantomShape(slices=40, pixels=64, slice_mm=6.0, pixel_mm=6.4)
-NUM_PROFILE = len(HU_EDGES) - 1 + 6
 BROKEN = "truncated.nii.gz"
 
 
@@ -30,25 +24,7 @@ BROKEN = "truncated.nii.gz"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with untrained weights, and studies: two whole, one zipped, one broken."""
     root = tmp_path_factory.mktemp("ct batch")
-    torch.manual_seed(0)
-    save_checkpoint(
-        root / "models/imaging",
-        MoETransformer(PRESETS["tiny"], ["organs"]),
-        version="imaging-1",
-        data="none",
-        metrics={},
-        command="test",
-    )
-    calibration = Calibration(
-        least_sure=dict.fromkeys(ORGANS, 0.9),
-        miss_rate=0.1,
-        profile_mean=(0.0,) * NUM_PROFILE,
-        profile_scale=(1.0,) * NUM_PROFILE,
-        farthest=3.0,
-        refer_below=0.5,
-        sensitivity=0.95,
-    )
-    calibration.save(root / "models/imaging/calibration.json")
+    write_untrained(root / "models")
     studies = root / "studies"
     (studies / "nested").mkdir(parents=True)
     write_nifti(studies / "one.nii.gz", 1)
@@ -62,19 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_nifti(path: Path, seed: int) -> None:
-    stack, _ = make_phantom(seed, SMALL)
-    columns = [
-        stack.pixel_mm[1] * stack.row_axis,
-        stack.pixel_mm[0] * stack.column_axis,
-        stack.origins_mm[1] - stack.origins_mm[0],
-        stack.origins_mm[0],
-    ]
-    affine = np.eye(4)
-    affine[:3] = np.stack(columns, axis=1)
-    affine[:2] *= -1.0  # left and posterior are right and anterior there
-    image = nib.Nifti1Image(stack.hu.transpose(2, 1, 0), affine)
-    image.header.set_xyzt_units("mm")
-    nib.save(image, path)
+    write_volume(make_phantom(seed, SMALL)[0], path)
 
 
 def trimoe(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:

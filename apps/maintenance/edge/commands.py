@@ -1,12 +1,11 @@
 """The command lines of the edge agent; what they do is imported when they run."""
 
 import argparse
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import TypeAlias
 
-Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+from apps.arguments import Subparsers, later
+
+SERVICE = "apps.maintenance.edge.service"
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -21,11 +20,11 @@ def add_parser(subparsers: Subparsers) -> None:
     run.add_argument(
         "--csv", type=Path, required=True, metavar="FILE", help="grows by machine,time,features.."
     )
-    run.set_defaults(run=_later("run"))
+    run.set_defaults(run=later(SERVICE, "run"))
     status = commands.add_parser("status", help="slot, version, queue and events of a box")
     _add_state(status)
     status.add_argument("--json", type=Path, metavar="FILE")
-    status.set_defaults(run=_later("status"))
+    status.set_defaults(run=later(SERVICE, "status"))
 
 
 def _add_init(commands: Subparsers) -> None:
@@ -43,19 +42,8 @@ def _add_init(commands: Subparsers) -> None:
     parser.add_argument("--sync-s", type=float, default=60.0, metavar="S", help="between two talks")
     parser.add_argument("--cap-mb", type=int, default=64, metavar="MB", help="for what waits")
     parser.add_argument("--health-port", type=int, default=8099, metavar="PORT")
-    parser.set_defaults(run=_later("init"))
+    parser.set_defaults(run=later(SERVICE, "init"))
 
 
 def _add_state(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state", type=Path, required=True, metavar="DIR", help="of this box")
-
-
-def _later(function: str) -> Callable[[argparse.Namespace], int]:
-    """Return a runner that imports its module when it is called."""
-
-    def run(args: argparse.Namespace) -> int:
-        module = import_module("apps.maintenance.edge.service")
-        runner: Callable[[argparse.Namespace], int] = getattr(module, function)
-        return runner(args)
-
-    return run

@@ -1,12 +1,11 @@
 """The command lines of the sync; what they do is imported when they run."""
 
 import argparse
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import TypeAlias
 
-Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+from apps.arguments import Subparsers, later
+
+SERVICE = "apps.maintenance.sync.service"
 ROLES = ("root", "targets", "snapshot", "timestamp")
 
 
@@ -22,20 +21,20 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_fleet(serve)
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8090)
-    serve.set_defaults(run=_later("serve"))
+    serve.set_defaults(run=later(SERVICE, "serve"))
     status = commands.add_parser("status", help="boxes, rollouts, and whether the audit log holds")
     _add_fleet(status)
     status.add_argument("--json", type=Path, metavar="FILE")
-    status.set_defaults(run=_later("status"))
+    status.set_defaults(run=later(SERVICE, "status"))
     export = commands.add_parser("export", help="write a bundle to a stick")
     _add_fleet(export)
     export.add_argument("bundle", metavar="BUNDLE", help="published name, such as task-both/7.tar")
     export.add_argument("--out", type=Path, required=True, metavar="DIR")
-    export.set_defaults(run=_later("export"))
+    export.set_defaults(run=later(SERVICE, "export"))
     take = commands.add_parser("import", help="bring a stick to a box; its agent verifies it")
     take.add_argument("stick", type=Path, metavar="DIR")
     take.add_argument("--state", type=Path, required=True, metavar="DIR", help="of the box")
-    take.set_defaults(run=_later("import_stick", "apps.maintenance.edge.service"))
+    take.set_defaults(run=later("apps.maintenance.edge.service", "import_stick"))
 
 
 def _add_publish(commands: Subparsers) -> None:
@@ -62,7 +61,7 @@ def _add_publish(commands: Subparsers) -> None:
         "--from-version", type=int, action="append", metavar="V", help="of --permit-downgrade"
     )
     parser.add_argument("--days", type=float, default=14.0, help="of --permit-downgrade")
-    parser.set_defaults(run=_later("publish"))
+    parser.set_defaults(run=later(SERVICE, "publish"))
 
 
 def _add_rollout(commands: Subparsers) -> None:
@@ -84,35 +83,23 @@ def _add_rollout(commands: Subparsers) -> None:
     )
     begin.add_argument("--min-success", type=float, default=0.95, metavar="SHARE")
     begin.add_argument("--max-error", type=float, default=0.02, metavar="SHARE")
-    begin.set_defaults(run=_later("begin"))
+    begin.set_defaults(run=later(SERVICE, "begin"))
     for verb in ("approve", "pause", "resume", "stop"):
         parser = verbs.add_parser(verb, help=f"{verb} a rollout, signed by an operator")
         _add_fleet(parser)
         parser.add_argument("rollout", type=int, metavar="N")
         parser.add_argument("--operator", required=True, metavar="NAME")
         parser.add_argument("--key", type=Path, required=True, metavar="FILE")
-        parser.set_defaults(run=_later("decide"))
+        parser.set_defaults(run=later(SERVICE, "decide"))
     operator = verbs.add_parser("operator", help="make a key for who may decide")
     _add_fleet(operator)
     operator.add_argument("operator", metavar="NAME")
     operator.add_argument("--key", type=Path, required=True, metavar="FILE", help="to be made")
-    operator.set_defaults(run=_later("add_operator"))
+    operator.set_defaults(run=later(SERVICE, "add_operator"))
 
 
 def _add_fleet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fleet", type=Path, required=True, metavar="DIR", help="of the platform")
-
-
-def _later(
-    function: str, module: str = "apps.maintenance.sync.service"
-) -> Callable[[argparse.Namespace], int]:
-    """Return a runner that imports its module when it is called."""
-
-    def run(args: argparse.Namespace) -> int:
-        runner: Callable[[argparse.Namespace], int] = getattr(import_module(module), function)
-        return runner(args)
-
-    return run
 
 
 def _shares(text: str) -> tuple[float, ...]:

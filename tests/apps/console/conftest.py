@@ -1,9 +1,7 @@
 """A plant with real agents over HTTP, on a clock that tests move, and its console."""
 
-import contextlib
 import json
 import math
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -11,7 +9,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
 from apps.console.server import add_console
@@ -29,7 +26,7 @@ from apps.maintenance.sync.rollout import Rollout, Shadow
 from apps.maintenance.sync.server import create_app
 from apps.maintenance.sync.shadow import run_shadow
 from benchmarks.edge_models import FEATURES, make_bundle, make_history
-from benchmarks.edge_rig import BRISK, ONE, QUICK, TWO, SignedFolder, set_up_box
+from benchmarks.edge_rig import BRISK, ONE, QUICK, TWO, SignedFolder, serving, set_up_box
 
 
 class Plant:
@@ -56,6 +53,7 @@ class Plant:
         self._history = make_history(2, 2)
         self._folder, self._num_boxes = folder, num_boxes
         self.agents: list[Agent] = []
+        self.sources: list[MemorySource] = []
 
     def clock(self) -> float:
         """Return the time of the platform."""
@@ -73,7 +71,8 @@ class Plant:
         for idx in range(self._num_boxes):
             state = self._folder / f"box{idx}"
             set_up_box(state, self.signed.root, replace(BRISK, agent=state.name, cloud=url))
-            self.agents.append(Agent(state, MemorySource(), patience=QUICK))
+            self.sources.append(MemorySource())
+            self.agents.append(Agent(state, self.sources[-1], patience=QUICK))
             self.agents[-1].start()
         self.begin(ONE, Plan(shares=(1.0,), approvals=()))
         self.settle()
@@ -109,12 +108,12 @@ class Plant:
             wear: Of the first machine of a box, where it is not that of a machine at rest.
         """
         moment = (self.start + timedelta(hours=self.hour)).isoformat()
-        for idx, agent in enumerate(self.agents):
+        for idx, (agent, source) in enumerate(zip(self.agents, self.sources, strict=True)):
             for machine in range(2):
                 worn = (wear or {}).get(idx, 0.2) if machine == 0 else 0.25
                 values = sensors(self.hour, idx + machine, worn)
                 window = Window(f"press-{idx}{'ab'[machine]}", moment, values)
-                agent._source.add([window])  # type: ignore[attr-defined]
+                source.add([window])
             agent.forecast_once()
             if idx not in offline:
                 agent.sync_once()
@@ -145,22 +144,6 @@ def sensors(hour: int, machine: int, wear: float) -> dict[str, float]:
     values = dict.fromkeys(FEATURES, 0.1)
     values |= {"wear": wear, "load": 0.3 + 0.1 * day, "temperature": 0.4 + 0.1 * day + 0.2 * wear}
     return values | {"regime": 0.0}
-
-
-@contextlib.contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
-    """Serve on the loopback address while the block runs; yield the URL."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture
