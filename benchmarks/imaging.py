@@ -153,7 +153,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     peers[kind].append(trial.peer(kind))
                 totals = {kind: round(runs[-1]["total"], 1) for kind, runs in peers.items()}
                 say(f"case {number + 1}: ours {stages['total']:.1f} s, peers {totals}")
-        batch = run_cases(args, models, work)
+        batch = run_cases(args, models, work) if args.cases else {}
     case = quantiles(ours)
     return {
         "case": case,

@@ -26,6 +26,7 @@ from core_model.volume_tasks import NUM_CASE, PATCH, PATCH_VOXELS, Channels, Win
 from kernels.attention import FULL, AttentionPattern, varlen_attention
 
 HU_RANGES = ((-1024.0, 2000.0), (-160.0, 240.0))  # all tissue; soft tissue
+PAIR_CHANNELS = 8 * len(HU_RANGES)  # two voxels along each axis are the channels of a cell
 NUM_LOCAL, NUM_GLOBAL_EXPERTS = 2, 2
 NEAR = AttentionPattern(window=320, num_global=NUM_CASE)  # two layers of 144 patches and more
 PLACE_WAVES = 6  # wavelengths of the position code, from 2 m down by halves
@@ -86,7 +87,7 @@ class VolumeAdapter(nn.Module):
         super().__init__()
         self.grid, d = grid, config.d_model
         half, quarter, eighth = channels
-        self.stem = ConvBlock(8 * len(HU_RANGES), half)
+        self.stem = ConvBlock(PAIR_CHANNELS, half)
         self.fine = ConvBlock(half, half)
         self.to_quarter = Halve(half, quarter)
         self.local = nn.ModuleList(ConvBlock(quarter, quarter, 1 + i) for i in range(NUM_LOCAL))
@@ -116,7 +117,10 @@ class VolumeAdapter(nn.Module):
         rows_RD = self.norm(self._embed(scaled_R2V, batch.extras["place"], is_window_R))
 
         spot_P = (window_R * self.grid.num_patches + cell_R)[is_window_R]
-        half, quarter = self._see(scaled_R2V[is_window_R], spot_P, batch.num_sequences)
+        pairs = self._pairs(scaled_R2V[is_window_R], spot_P, batch.num_sequences)
+        half = self.stem(pairs)
+        half = half + self.fine(half)
+        quarter = self.to_quarter(half)
         region_RC = rows_RD.new_zeros(cell_R.numel(), quarter.shape[1])
         region_RC[is_window_R] = rows_of(functional.avg_pool3d(quarter, 2), spot_P).to(
             rows_RD.dtype
@@ -133,6 +137,7 @@ class VolumeAdapter(nn.Module):
         local_PD = share_P1 * self.summary(rows_of(eighth, spot_P))
         tokens_RD = tokens_RD.index_add(0, is_window_R.nonzero()[:, 0], local_PD.to(rows_RD.dtype))
         side = {
+            "pairs": pairs,
             "half": half,
             "quarter": quarter,
             "eighth": eighth,
@@ -153,8 +158,8 @@ class VolumeAdapter(nn.Module):
         embedded: Tensor = self.patch(scaled_R2V.flatten(1)) + self.place(code) + scale_RD
         return embedded
 
-    def _see(self, scaled_P2V: Tensor, spot_P: Tensor, num: int) -> tuple[Tensor, Tensor]:
-        """Return the feature maps at 1/2 and 1/4, patches left out seen as air."""
+    def _pairs(self, scaled_P2V: Tensor, spot_P: Tensor, num: int) -> Tensor:
+        """Return the voxels as a map at 1/2 with pairs as channels, patches left out as air."""
         grid, e, half = self.grid, len(HU_RANGES), PATCH // 2
         # voxels of a patch as [half, 2] an axis: the pairs become channels, the halves the map
         pairs = scaled_P2V.view(-1, e, half, 2, half, 2, half, 2)
@@ -163,9 +168,7 @@ class VolumeAdapter(nn.Module):
         full[spot_P] = pairs
         map_ = full.view(num, grid.z, grid.y, grid.x, half, half, half, 8 * e)
         map_ = map_.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(2, 3).flatten(3, 4).flatten(4, 5)
-        map_ = self.stem(map_.contiguous(memory_format=torch.channels_last_3d))
-        map_ = map_ + self.fine(map_)
-        return map_, self.to_quarter(map_)
+        return map_.contiguous(memory_format=torch.channels_last_3d)
 
     def _gates(self, region_RC: Tensor) -> Tensor:
         """Return the weight of each expert in each region, [R, G]."""

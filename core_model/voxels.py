@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from core_model.config import MoEConfig
 from core_model.packing import Encoded
-from core_model.volume import ConvBlock
+from core_model.volume import PAIR_CHANNELS, ConvBlock
 from core_model.volume_tasks import PATCH, PATCH_VOXELS, Channels, WindowGrid
 
 
@@ -38,8 +38,9 @@ class VoxelHead(nn.Module):
         self.to_quarter = nn.ConvTranspose3d(eighth, quarter, 2, stride=2)
         self.middle = ConvBlock(quarter, quarter)
         self.to_half = nn.ConvTranspose3d(quarter, half, 2, stride=2)
-        self.fine = nn.Sequential(ConvBlock(half, half), ConvBlock(half, half))
-        self.logits = nn.Conv3d(half, 8 * num_labels, 1)
+        self.fine = ConvBlock(half, half)
+        self.finest = ConvBlock(half + PAIR_CHANNELS, 2 * half)  # a cell answers for 8 voxels
+        self.logits = nn.Conv3d(2 * half, 8 * num_labels, 1)
         self.deep = nn.Conv3d(quarter, num_labels, 1)
         self.register_buffer("temperature", torch.ones(()))
 
@@ -54,6 +55,7 @@ class VoxelHead(nn.Module):
         map_ = self.mix(map_ + side["eighth"])
         quarter = self.middle(self.to_quarter(map_) + side["quarter"])
         map_ = self.fine(self.to_half(quarter) + side["half"])
+        map_ = self.finest(torch.cat([map_, side["pairs"].to(map_.dtype)], dim=1))
         return spread_pairs(self.logits(map_), self.num_labels), self.deep(quarter)
 
     def forward(self, tokens_TD: Tensor, encoded: Encoded) -> tuple[Tensor, Tensor]:

@@ -46,15 +46,12 @@ def test_windows_of_a_step_do_not_touch_each_other(model: MoETransformer) -> Non
 
 
 def test_voxels_reach_the_map_where_they_lie() -> None:
-    """A patch that is told apart lights up its own cells of the first map, and no others."""
+    """A patch that is told apart lights up its own cells of the map of pairs, and no others."""
     adapter = VolumeAdapter(PRESETS["tiny"], GRID, CHANNELS).eval()
-    adapter.stem = torch.nn.Identity()  # type: ignore[assignment]
-    adapter.fine = torch.nn.Identity()  # type: ignore[assignment]
-    adapter.to_quarter = torch.nn.Identity()  # type: ignore[assignment]
     scaled = torch.zeros(1, 2, PATCH, PATCH, PATCH)
     scaled[0, 1, 5, 2, 7] = 3.0
     spot = torch.tensor([GRID.num_patches + 1 * 16 + 2 * 4 + 3])  # window 1, patch z 1, y 2, x 3
-    map_, _ = adapter._see(scaled.flatten(2), spot, 2)
+    map_ = adapter._pairs(scaled.flatten(2), spot, 2)
     where = (map_ == map_.max()).nonzero()
     channel = 1 * 8 + (5 % 2) * 4 + (2 % 2) * 2 + 7 % 2
     expected = [[1, channel, (8 + 5) // 2, (16 + 2) // 2, (24 + 7) // 2]]

@@ -20,6 +20,7 @@ from apps.imaging.training.loop import (
     collate,
     draw_at,
     infer_labels,
+    only_known,
     to_device,
     voxel_logits,
 )
@@ -45,12 +46,13 @@ def fit_temperature(model: MoETransformer, held: Sequence[Known]) -> float:
     device = str(next(model.parameters()).device)
     rng = np.random.default_rng(0)
     kept_logits: list[Tensor] = []
+    kept_known: list[Tensor] = []
     kept_labels: list[Tensor] = []
     for case in held:
         plan = WindowPlan(case.hu)
         for corner in plan.corners:
             packed = collate([draw_at(plan, case.volume.labels, corner)])
-            batch, labels = to_device(packed, device)
+            batch, labels, known = to_device(packed, device)
             logits = voxel_logits(model, batch)[0][0].flatten(1).T.cpu()
             truth = labels.flatten().cpu()
             organ, other = np.flatnonzero(truth > 0), np.flatnonzero(truth == 0)
@@ -59,9 +61,12 @@ def fit_temperature(model: MoETransformer, held: Sequence[Known]) -> float:
                 [rng.permutation(organ)[:num], rng.permutation(other)[: VOXELS_EACH - num]]
             )
             kept_logits.append(logits[chosen])
+            kept_known.append(known.cpu().expand(len(chosen), -1))
             kept_labels.append(truth[chosen])
-    logits, labels = torch.cat(kept_logits), torch.cat(kept_labels)
-    losses = [float(functional.cross_entropy(logits / t, labels)) for t in TEMPERATURES]
+    logits, known, labels = (torch.cat(each) for each in (kept_logits, kept_known, kept_labels))
+    losses = [
+        float(functional.cross_entropy(only_known(logits / t, known), labels)) for t in TEMPERATURES
+    ]
     temperature = float(TEMPERATURES[int(np.argmin(losses))])
     cast("VoxelHead", model.heads[TASK]).temperature.fill_(temperature)
     return temperature
@@ -70,7 +75,7 @@ def fit_temperature(model: MoETransformer, held: Sequence[Known]) -> float:
 def fit_calibration(
     model: MoETransformer, seen: Sequence[Known], held: Sequence[Known]
 ) -> tuple[Calibration, NDArray[np.float64]]:
-    """Return the calibration, and the Dice of each held-out organ [cases, organs], NaN if absent.
+    """Return the calibration, and the Dice of each held-out organ [cases, organs], NaN where not contoured.
 
     Args:
         model: Trained, with its temperature.
@@ -92,7 +97,7 @@ def fit_calibration(
             said, truth = labels == organ + 1, case.volume.labels == organ + 1
             if said.any():
                 sure[i, organ] = confidence[said].mean() / 255.0
-            if truth.any() or said.any():
+            if truth.any():
                 dice[i, organ] = 2.0 * (said & truth).sum() / (said.sum() + truth.sum())
     least = {name: _least_sure(sure[:, i], dice[:, i]) for i, name in enumerate(ORGANS)}
     whole = np.array(

@@ -1,6 +1,8 @@
 """Training of the organ task on labelled volumes, patients or phantoms.
 
-Windows are cut by the functions that serve (``apps.imaging.windows``).
+Windows are cut by the functions that serve (``apps.imaging.windows``).  An organ that no voxel
+of a case is labelled with counts as not contoured there, and not as absent: what is said of it
+in that case is neither right nor wrong.
 
 Legend: n windows, L labels, Z Y X voxels, V voxels of a patch.
 """
@@ -9,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from apps.imaging.resample import AIR_HU
+from apps.imaging.segmentation import ORGANS
 from apps.imaging.windows import PATCH, WINDOW, Canvas, Floats, WindowPlan, body_box
 from core_model.balance import expert_load, move_bias
 from core_model.model import MoETransformer
@@ -30,9 +33,11 @@ if TYPE_CHECKING:
     from core_model.voxels import VoxelHead
 
 TASK = "organs"
+NUM_LABELS = 1 + len(ORGANS)
 TURN = np.deg2rad(10.0)  # a case is turned about each axis by at most
 STRETCH = 0.1  # and stretched along each by at most this share
-WINDOWS_EACH = 2  # drawn from a varied case before the next one
+VARIED = 0.5  # share of cases; the others stay as sharp as those to be served
+WINDOWS_EACH = 2  # drawn from a case before the next one
 Progress = Callable[[int, int, float], None]
 
 
@@ -47,6 +52,20 @@ class Volume:
 
     hu: NDArray[np.int16]
     labels: NDArray[np.uint8]
+
+
+class Drawn(NamedTuple):
+    """A window to train on.
+
+    Args:
+        rows: As the model takes them, by name.
+        labels: Of its voxels, uint8 [Z, Y, X].
+        known: Whether each label is known in the case, bool [L].
+    """
+
+    rows: Mapping[str, Tensor]
+    labels: Tensor
+    known: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +88,8 @@ class VolumeSettings:
 
     steps: int = 10**9
     seconds: float = float("inf")
-    batch_size: int = 4
-    peak_lr: float = 4e-3
+    batch_size: int = 6
+    peak_lr: float = 5e-3
     weight_decay: float = 0.02
     organ_share: float = 0.7
     deep_weight: float = 0.3
@@ -80,7 +99,7 @@ class VolumeSettings:
     workers: int = 0
 
 
-class WindowDraws(IterableDataset[tuple[Mapping[str, Tensor], Tensor]]):
+class WindowDraws(IterableDataset[Drawn]):
     """Endless random windows of labelled volumes, as the model takes them.
 
     Args:
@@ -93,17 +112,17 @@ class WindowDraws(IterableDataset[tuple[Mapping[str, Tensor], Tensor]]):
         self._volumes = [_crop(volume) for volume in volumes]
         self._settings, self._seed = settings, seed
 
-    def __iter__(self) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
-        """Yield rows of a window and the labels of its voxels [Z, Y, X]."""
+    def __iter__(self) -> Iterator[Drawn]:
+        """Yield windows without end."""
         info = get_worker_info()
         rng = np.random.default_rng([self._seed, info.id if info else 0])
         while True:
             yield from self.draw(rng)
 
-    def draw(self, rng: np.random.Generator) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
-        """Yield windows of one case: turned, shifted against the patch grid, varied in density."""
+    def draw(self, rng: np.random.Generator) -> Iterator[Drawn]:
+        """Yield windows of one case: shifted against the patch grid, varied in density and shape."""
         volume = self._volumes[int(rng.integers(len(self._volumes)))]
-        hu, labels = vary_shape(volume, rng)
+        hu, labels = (vary_shape if rng.random() < VARIED else cut_edges)(volume, rng)
         plan = WindowPlan(vary_density(hu, rng))
         for _ in range(WINDOWS_EACH):
             yield draw_at(plan, labels, self._corner(plan, labels[plan.body], rng))
@@ -130,10 +149,8 @@ def _crop(volume: Volume) -> Volume:
     return Volume(volume.hu[at], volume.labels[at])
 
 
-def draw_at(
-    plan: WindowPlan, labels: NDArray[np.uint8], corner: tuple[int, int, int]
-) -> tuple[Mapping[str, Tensor], Tensor]:
-    """Return the rows of a window and the labels of its voxels, uint8 [Z, Y, X]."""
+def draw_at(plan: WindowPlan, labels: NDArray[np.uint8], corner: tuple[int, int, int]) -> Drawn:
+    """Return the window at a corner of a case with these labels, uint8 [Z, Y, X]."""
     window = plan.cut(corner)
     edges = [PATCH * w for w in WINDOW]
     low = [PATCH * c for c in corner]
@@ -142,7 +159,17 @@ def draw_at(
     target[tuple(slice(n) for n in box.shape)] = box
     rows = {"hu": window.hu, "cell": window.cell, "place": window.place_mm}
     tensors = {name: torch.from_numpy(each) for name, each in rows.items()}
-    return tensors, torch.from_numpy(target)
+    known = np.bincount(labels.ravel(), minlength=NUM_LABELS) > 0
+    known[0] = True
+    return Drawn(tensors, torch.from_numpy(target), torch.from_numpy(known))
+
+
+def cut_edges(
+    volume: Volume, rng: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Return a case without up to a patch on the near side of each axis: another patch grid."""
+    at = tuple(slice(int(start), None) for start in rng.integers(0, PATCH, 3))
+    return volume.hu[at].astype(np.float32), volume.labels[at]
 
 
 def vary_shape(
@@ -183,19 +210,23 @@ def vary_density(hu: NDArray[np.float32], rng: np.random.Generator) -> NDArray[n
     return np.where(tissue, hu * np.float32(gain) + np.float32(offset) + noise, hu)
 
 
-def collate(drawn: Sequence[tuple[Mapping[str, Tensor], Tensor]]) -> dict[str, Tensor]:
-    """Pack windows end to end: rows by name, ``cu_seqlens``, ``labels`` uint8 [n, Z, Y, X]."""
-    lengths = torch.tensor([rows["hu"].shape[0] for rows, _ in drawn])
-    joined = {name: torch.cat([rows[name] for rows, _ in drawn]) for name in drawn[0][0]}
-    labels = torch.stack([target for _, target in drawn])
-    return {**joined, "cu_seqlens": offsets_from_lengths(lengths), "labels": labels}
+def collate(drawn: Sequence[Drawn]) -> dict[str, Tensor]:
+    """Pack windows end to end: rows by name, ``cu_seqlens``; ``labels``, ``known`` by window."""
+    lengths = torch.tensor([each.rows["hu"].shape[0] for each in drawn])
+    return {
+        **{name: torch.cat([each.rows[name] for each in drawn]) for name in drawn[0].rows},
+        "cu_seqlens": offsets_from_lengths(lengths),
+        "labels": torch.stack([each.labels for each in drawn]),
+        "known": torch.stack([each.known for each in drawn]),
+    }
 
 
-def to_device(packed: Mapping[str, Tensor], device: str) -> tuple[RaggedBatch, Tensor]:
-    """Return a batch and its labels int64 [n, Z, Y, X] on a device."""
+def to_device(packed: Mapping[str, Tensor], device: str) -> tuple[RaggedBatch, Tensor, Tensor]:
+    """Return a batch, its labels int64 [n, Z, Y, X] and the known ones [n, L] on a device."""
     on = {name: each.to(device, non_blocking=True) for name, each in packed.items()}
     extras = {"cell": on["cell"], "place": on["place"]}
-    return RaggedBatch(on["hu"], on["cu_seqlens"], extras), on["labels"].long()
+    batch = RaggedBatch(on["hu"], on["cu_seqlens"], extras)
+    return batch, on["labels"].long(), on["known"]
 
 
 def voxel_logits(model: MoETransformer, batch: RaggedBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,6 +238,19 @@ def voxel_logits(model: MoETransformer, batch: RaggedBatch) -> tuple[Tensor, Ten
     with torch.autocast("cuda", torch.bfloat16, enabled=is_cuda):
         full, quarter = cast("VoxelHead", model.heads[TASK]).decode(tokens_TD, encoded)
     return full.float(), quarter.float(), experts_LTK
+
+
+def only_known(logits: Tensor, known_nL: Tensor) -> Tensor:
+    """Return logits [n, L, ...] in which labels that are not known in a case are no label.
+
+    Label 0 stands for whatever was not contoured: its probability becomes the sum of its own
+    and theirs (the marginal loss of Shi et al. 2021, arXiv:2007.03868).
+    """
+    known = known_nL.view(*known_nL.shape, *[1] * (logits.dim() - 2))
+    is_other = ~known
+    is_other[:, 0] = True
+    other = logits.masked_fill(~is_other, -torch.inf).logsumexp(dim=1, keepdim=True)
+    return torch.cat([other, logits.masked_fill(~known, -torch.inf)[:, 1:]], dim=1)
 
 
 def dice_and_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -257,11 +301,12 @@ def train_volumes(
             break
         for group in optimizer.param_groups:
             group["lr"] = settings.peak_lr * min(done / 0.05, 1.0) * (1.0 - done) ** 0.9
-        batch, truth = to_device(packed, device)
+        batch, truth, known = to_device(packed, device)
         full, quarter, experts_LTK = voxel_logits(model, batch)
         coarse = truth[:, 2::4, 2::4, 2::4]
-        loss = dice_and_entropy(full, truth)
-        loss = loss + settings.deep_weight * dice_and_entropy(quarter, coarse)
+        loss = dice_and_entropy(only_known(full, known), truth)
+        deep = dice_and_entropy(only_known(quarter, known), coarse)
+        loss = loss + settings.deep_weight * deep
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)

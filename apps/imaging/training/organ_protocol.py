@@ -63,7 +63,7 @@ class OrganProtocol:
             model = fit_organs(
                 self.train,
                 self.recipe.with_experts(local=local, global_=global_),
-                self.parts.folder(name),
+                self.parts.folder(name) if local and global_ else None,
                 DATA.format(num=len(self.train)),
                 self.command,
                 lambda line: self.say(f"{name}: {line}"),

@@ -15,6 +15,7 @@ from apps.imaging.training.loop import (
     dice_and_entropy,
     draw_at,
     infer_labels,
+    only_known,
     to_device,
     train_volumes,
     vary_density,
@@ -39,7 +40,7 @@ def test_the_truth_of_a_window_lies_where_its_voxels_do(volume: Volume) -> None:
     marked = Volume(volume.hu, (np.abs(volume.hu) % 7).astype(np.uint8))
     plan = WindowPlan(marked.hu.astype(np.float32))
     for corner in plan.corners:
-        rows, target = draw_at(plan, marked.labels, corner)
+        rows, target, _ = draw_at(plan, marked.labels, corner)
         cell = rows["cell"][:, 0].numpy()
         own = cell < np.prod(WINDOW)
         cells = np.full((int(np.prod(WINDOW)), PATCH**3), np.nan, dtype=np.float32)
@@ -52,7 +53,7 @@ def test_the_truth_of_a_window_lies_where_its_voxels_do(volume: Volume) -> None:
 def test_windows_that_aim_at_organs_hold_one(volume: Volume) -> None:
     draws = WindowDraws([volume], VolumeSettings(organ_share=1.0), seed=0)
     rng = np.random.default_rng(0)
-    windows = [labels for _ in range(4) for _, labels in draws.draw(rng)]
+    windows = [each.labels for _ in range(4) for each in draws.draw(rng)]
     assert len(windows) == 4 * WINDOWS_EACH
     assert all(int(labels.amax()) > 0 for labels in windows)
 
@@ -89,12 +90,35 @@ def test_the_loss_is_least_for_the_truth() -> None:
     assert float(dice_and_entropy(wrong, labels)) > 1.0
 
 
+def test_an_organ_that_was_not_contoured_is_neither_right_nor_wrong() -> None:
+    labels = torch.zeros(2, 4, 4, 4, dtype=torch.long)
+    labels[:, 1] = 1
+    known = torch.tensor([[True, True, False], [True, True, True]])
+    truth = torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).float() * 20
+    said_so = truth.clone()
+    said_so[0, :, 3] = torch.tensor([0.0, 0.0, 20.0]).view(3, 1, 1)  # where nobody looked
+    assert torch.equal(said_so[1], truth[1])
+    assert float(dice_and_entropy(only_known(said_so, known), labels)) < 0.01
+    assert float(dice_and_entropy(said_so, labels)) > 1.0
+    probs = torch.softmax(only_known(torch.randn(2, 3, 4, 4, 4), known), dim=1)
+    assert float(probs[0, 2].max()) == 0.0
+    assert torch.allclose(probs.sum(1), torch.ones(2, 4, 4, 4))
+
+
+def test_a_window_says_which_labels_are_known_in_its_case(volume: Volume) -> None:
+    partial = np.where(volume.labels == 3, 0, volume.labels).astype(np.uint8)
+    plan = WindowPlan(volume.hu.astype(np.float32))
+    found = draw_at(plan, partial, plan.corners[0]).known.tolist()
+    assert found == [True, *(bool((partial == i).any()) for i in range(1, 8))]
+    assert not found[3]
+
+
 @pytest.mark.slow
 def test_a_few_steps_lower_the_loss_and_labels_fit_the_case(volume: Volume) -> None:
     torch.manual_seed(0)
     model = MoETransformer(PRESETS["tiny"], ["organs"])
     draws = WindowDraws([volume], VolumeSettings(), seed=1)
-    batch, labels = to_device(collate(list(draws.draw(np.random.default_rng(5)))), "cpu")
+    batch, labels, _ = to_device(collate(list(draws.draw(np.random.default_rng(5)))), "cpu")
 
     def loss() -> float:
         with torch.no_grad():
