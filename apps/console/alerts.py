@@ -137,7 +137,7 @@ class Alerts:
 
     def _hazard(self, alert: Forecast) -> Mapping[str, Any]:
         """Return the hazard at the horizon that made it an alert, where its bundle is known."""
-        terms = self._bundles.terms(alert.version, alert.hazard)
+        terms = alert.terms or self._bundles.terms(alert.version, alert.hazard)
         if alert.component not in terms.components:
             return {"hazard": alert.peak, "horizon_h": None}
         row = alert.hazard[terms.components.index(alert.component)]

@@ -151,7 +151,7 @@ def _add(db: sqlite3.Connection, agent: str, seq: int, body: dict[str, object]) 
         return
     insert = "INSERT OR IGNORE INTO console_index VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
     if isinstance(found, Event):
-        db.execute(insert, (agent, "", EVENT, seq, found.moment, None, None, None))
+        db.execute(insert, (agent, found.machine, EVENT, seq, found.moment, None, None, None))
         return
     if isinstance(found, Telemetry):
         db.execute(insert, (agent, found.machine, TELEMETRY, seq, found.moment, None, None, None))

@@ -49,7 +49,7 @@ class Machines:
         return [self._latest(*row) for row in rows]
 
     def history(self, agent: str, machine: str, hours: float) -> Mapping[str, Any]:
-        """Return a machine's forecasts, sensors and the events of its box, for JSON.
+        """Return a machine's forecasts, sensors, events and those of its box, for JSON.
 
         Args:
             agent: Its box.
@@ -74,7 +74,7 @@ class Machines:
             "until": row["moment"],
             "forecasts": self._forecasts(agent, machine, since),
             "sensors": self._sensors(agent, machine, since),
-            "events": self._events(agent),
+            "events": self._events(agent, machine),
         }
 
     def _select(self, what: str, text: str) -> Sequence[tuple[Any, ...]]:
@@ -97,7 +97,7 @@ class Machines:
         if not isinstance(forecast, Forecast):
             message = f"machine {machine!r:.66}: expected a forecast in message {seq}"
             raise InvalidRequestError(message)
-        terms = self._bundles.terms(forecast.version, forecast.hazard)
+        terms = forecast.terms or self._bundles.terms(forecast.version, forecast.hazard)
         worst = max(range(len(forecast.hazard)), key=lambda idx: forecast.hazard[idx][-1])
         return {
             "agent": agent,
@@ -123,7 +123,7 @@ class Machines:
         for body in self._index.bodies(agent, [place.seq for place in places]):
             each = parse_upload(body)
             if isinstance(each, Forecast):
-                terms = self._bundles.terms(each.version, each.hazard)
+                terms = each.terms or self._bundles.terms(each.version, each.hazard)
                 hazard = dict(zip(terms.components, each.hazard, strict=True))
                 facts = {"moment": each.moment, "version": each.version, "hazard": hazard}
                 found.append({**facts, "life": each.life, "horizons_h": terms.horizons_h})
@@ -140,8 +140,16 @@ class Machines:
                     lines.setdefault(name, []).append((each.moment, value))
         return {name: sorted(lines[name]) for name in sorted(lines)}
 
-    def _events(self, agent: str) -> Sequence[Mapping[str, Any]]:
-        numbers = self._index.newest(agent, "", EVENT, NUM_EVENTS)
+    def _events(self, agent: str, machine: str) -> Sequence[Mapping[str, Any]]:
+        """Return the newest events of a machine and its box, newest first."""
+        numbers = sorted(
+            (
+                number
+                for place in ("", machine)
+                for number in self._index.newest(agent, place, EVENT, NUM_EVENTS)
+            ),
+            reverse=True,
+        )[:NUM_EVENTS]
         events = [parse_upload(body) for body in self._index.bodies(agent, numbers)]
         return [
             {"moment": each.moment, "event": each.name, "detail": each.detail}

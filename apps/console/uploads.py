@@ -1,9 +1,10 @@
 """What boxes upload, as the pages need it; whatever a box may have sent is checked here.
 
     {"kind": "forecast", "machine", "time", "version", "hazard": [C][H], "life": [low, median, high]}
+        and of the shared deployment "components", "horizons_h", "alert_horizon_h", "threshold"
     {"kind": "alert", ... as a forecast, "component"}
     {"kind": "telemetry", "machine", "time", "values": {sensor: number or null}}
-    {"kind": "event", "event", "detail", "time"}                           of the box itself
+    {"kind": "event", "event", "detail", "time"}       of the box itself; of a machine if "machine"
 
 Legend: C components, H horizons.
 """
@@ -13,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
+
+from apps.console.bundles import Terms
 
 FORECAST, ALERT, TELEMETRY, EVENT = "forecast", "alert", "telemetry", "event"
 MAX_NAME = 200  # characters
@@ -32,6 +35,7 @@ class Forecast:
         hazard: Probability of a failure by component and horizon.
         life: Remaining useful life, hours: low, median, high.
         component: That an alert is for; empty for a forecast.
+        terms: What hazards are of, where the message says so; boxes leave it to their bundle.
     """
 
     kind: str
@@ -41,6 +45,7 @@ class Forecast:
     hazard: Sequence[Sequence[float]]
     life: Sequence[float]
     component: str = ""
+    terms: Terms | None = None
 
     @property
     def peak(self) -> float:
@@ -65,17 +70,19 @@ class Telemetry:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened on a box.
+    """Something that happened on a box or to a machine.
 
     Args:
         moment: By the clock of the box, seconds since 1970.
         name: Of the event.
         detail: What and why.
+        machine: That it happened to; empty for the box itself.
     """
 
     moment: float
     name: str
     detail: str
+    machine: str = ""
 
 
 Upload: TypeAlias = Forecast | Telemetry | Event
@@ -97,6 +104,7 @@ def parse_upload(body: Mapping[str, Any]) -> Upload | None:
             _hazard(body.get("hazard")),
             _numbers(body.get("life"), _NUM_LIFE),
             _name(body, "component") if kind == ALERT else "",
+            _terms(body),
         )
     if kind == TELEMETRY:
         return Telemetry(
@@ -104,7 +112,8 @@ def parse_upload(body: Mapping[str, Any]) -> Upload | None:
         )
     if kind == EVENT:
         detail = str(body.get("detail", ""))
-        return Event(moment_of(body.get("time")), _name(body, "event"), detail)
+        machine = _name(body, "machine") if "machine" in body else ""
+        return Event(moment_of(body.get("time")), _name(body, "event"), detail, machine)
     return None
 
 
@@ -138,6 +147,25 @@ def _hazard(found: object) -> Sequence[Sequence[float]]:
         message = f"hazard: expected probabilities in [0, 1], got {found!r:.60}"
         raise ValueError(message)
     return rows
+
+
+def _terms(body: Mapping[str, Any]) -> Terms | None:
+    components, threshold = body.get("components"), body.get("threshold")
+    if components is None:
+        return None
+    hazard = _hazard(body.get("hazard"))
+    horizons = _numbers(body.get("horizons_h"), len(hazard[0]))
+    is_named = isinstance(components, list) and all(isinstance(each, str) for each in components)
+    if not is_named or len(components) != len(hazard) or not _is_number(threshold):
+        message = (
+            f"components: expected {len(hazard)} names and a threshold, got {components!r:.60}"
+        )
+        raise ValueError(message)
+    if body.get("alert_horizon_h") not in horizons:
+        message = f"alert_horizon_h: expected one of {horizons}"
+        raise ValueError(message)
+    names = [name[:MAX_NAME] for name in components]
+    return Terms(names, horizons, horizons.index(body["alert_horizon_h"]), threshold)
 
 
 def _numbers(found: object, num: int) -> Sequence[float]:

@@ -9,6 +9,7 @@ Policy only: no clock, no network; time comes in with each forecast.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Self
 
 HOUR_S = 3600.0
 
@@ -110,6 +111,7 @@ class Alert:
             "contributions": {name: round(value, 3) for name, value in ranked},
             "raised": self.raised_s,
             "time": self.outlook.moment_s,
+            "ended": self.ended_s,
             "acknowledged_by": self.acknowledged_by,
             "model_version": self.outlook.model_version,
         }
@@ -126,6 +128,24 @@ class AlertBook:
     rule: AlertRule
     _open: dict[tuple[str, str], Alert] = field(default_factory=dict)
     _ended: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    @classmethod
+    def resumed(
+        cls, rule: AlertRule, alerts: Sequence[Alert], ended: Mapping[tuple[str, str], float]
+    ) -> Self:
+        """Return a book that goes on where another one was.
+
+        Args:
+            rule: When alerts begin and end.
+            alerts: That were open.
+            ended: When the last alert of a machine and component ended.
+        """
+        return cls(rule, {alert.key: alert for alert in alerts}, dict(ended))
+
+    @property
+    def ended(self) -> Mapping[tuple[str, str], float]:
+        """When the last alert of each machine and component ended, seconds since 1970."""
+        return self._ended
 
     @property
     def open(self) -> Sequence[Alert]:

@@ -8,6 +8,7 @@ last digit: the interval comes from machines drawn with a fixed seed.
 Legend: M machines, K failures.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -117,14 +118,14 @@ def ledger(
     period: tuple[datetime, datetime],
     baseline_name: str,
 ) -> dict[str, Any]:
-    """Return the ledger as its file says it."""
+    """Return the ledger as its file says it, with the digest of all it says."""
     planned, unplanned = hours_by_machine(policy, costs)
     planned_before, unplanned_before = hours_by_machine(baseline, costs)
     low, high = saved_interval(unplanned, unplanned_before)
-    return {
+    found = {
         "period": {"from": period[0].isoformat(), "to": period[1].isoformat()},
-        "policy": _hours(planned, unplanned),
-        "baseline": {"name": baseline_name, **_hours(planned_before, unplanned_before)},
+        "policy": _hours(planned, unplanned, policy),
+        "baseline": {"name": baseline_name, **_hours(planned_before, unplanned_before, baseline)},
         "saving": {
             "share": saved_share(unplanned, unplanned_before),
             "interval": [low, high],
@@ -133,10 +134,25 @@ def ledger(
         "cost_model": asdict(costs),
         "failures": int(policy.lead.size),
     }
+    return {**found, "digest": digest(found)}
 
 
-def _hours(planned: Floats, unplanned: Floats) -> Mapping[str, float]:
-    return {"planned_hours": float(planned.sum()), "unplanned_hours": float(unplanned.sum())}
+def digest(found: Mapping[str, Any]) -> str:
+    """Return the sha256 of a ledger's canonical text, ``digest`` itself left out."""
+    said = {name: value for name, value in found.items() if name != "digest"}
+    text = json.dumps(said, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _hours(planned: Floats, unplanned: Floats, conduct: Conduct) -> Mapping[str, float]:
+    num = max(conduct.lead.size, 1)
+    return {
+        "planned_hours": float(planned.sum()),
+        "unplanned_hours": float(unplanned.sum()),
+        "planned_hours_per_failure": float(planned.sum()) / num,
+        "unplanned_hours_per_failure": float(unplanned.sum()) / num,
+        "false_episodes": int(conduct.false_episodes.sum()),
+    }
 
 
 def write_ledger(found: Mapping[str, Any], folder: Path) -> Path:

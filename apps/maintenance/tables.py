@@ -1,12 +1,15 @@
-"""A fleet as a folder of parquet tables, and back.
+"""A fleet as a folder of tables, parquet or CSV, and back.
 
-    machines.parquet     machine, model, age_years
-    errors.parquet       time, machine, error
-    failures.parquet     time, machine, component
-    maintenance.parquet  time, machine, component
-    telemetry.parquet    time, machine, one column per sensor; hours without a row are missing
+    machines     machine, model, age_years
+    errors       time, machine, error
+    failures     time, machine, component
+    maintenance  time, machine, component
+    telemetry    time, machine, one column per sensor; hours without a row are missing
 
-Times are on whole hours; a sensor that was silent in an hour is NaN, never zero.
+Times are UTC on whole hours; a sensor that was silent in an hour is NaN, never zero.  With a
+``plant.json`` beside the tables (``telemetry.plant``) telemetry has its sampling period, and hour t
+becomes what a history makes of it: the mean of the samples in (t - 1 h, t], missing with fewer
+than half of them; an event in that span is one of hour t.
 """
 
 from datetime import datetime
@@ -16,10 +19,12 @@ import numpy as np
 import pandas as pd
 
 from apps.maintenance.fleet import Fleet, Floats32, Ints, Records
+from apps.maintenance.telemetry.plant import FILE, Plant
 
 EVENTS = {"errors": "error", "failures": "component", "maintenance": "component"}
 HOUR = pd.Timedelta(hours=1)
 SECONDS = 3600  # of an hour
+KEYS = ["machine", "time"]
 
 
 def write_fleet(fleet: Fleet, folder: Path) -> None:
@@ -66,10 +71,17 @@ def read_fleet(folder: Path) -> Fleet:
 
     Raises:
         FileNotFoundError: A table is missing.
-        ValueError: A machine is not in the list of machines, or a time is off the hour.
+        ValueError: A machine is not in the list of machines, a time is off the hour, or an hour
+            of a machine has two rows of telemetry.
+        ConfigurationError: ``plant.json`` is not a plant's.
     """
     names = ("machines", *EVENTS, "telemetry")
-    tables = {name: _read(folder / f"{name}.parquet") for name in names}
+    tables = {name: _read(folder, name) for name in names}
+    if (folder / FILE).is_file():
+        tables = _by_hour(tables, Plant.read(folder / FILE))
+    if bool(tables["telemetry"].duplicated(KEYS).any()):
+        message = "telemetry: expected one row per machine and hour, got two of some"
+        raise ValueError(message)
     machines = tables["machines"].sort_values("machine")
     listed = machines["machine"].astype(str).to_numpy()
     times = [tables[name]["time"] for name in (*EVENTS, "telemetry") if len(tables[name])]
@@ -118,8 +130,27 @@ def read_fleet(folder: Path) -> Fleet:
     )
 
 
-def _read(path: Path) -> pd.DataFrame:
+def _by_hour(tables: dict[str, pd.DataFrame], plant: Plant) -> dict[str, pd.DataFrame]:
+    """Return the tables on whole hours; a time is part of the hour that ends with or after it."""
+    found = {
+        name: table.assign(time=table["time"].dt.ceil("h")) if name in EVENTS else table
+        for name, table in tables.items()
+    }
+    telemetry = tables["telemetry"].drop_duplicates(KEYS)
+    hours = telemetry.assign(time=telemetry["time"].dt.ceil("h")).groupby(KEYS)
+    means = hours.mean().where(hours.count() >= plant.least_samples)
+    return found | {"telemetry": means.dropna(how="all").reset_index()}
+
+
+def _read(folder: Path, name: str) -> pd.DataFrame:
+    path = folder / f"{name}.parquet"
+    if path.is_file():
+        return pd.read_parquet(path)
+    path = path.with_suffix(".csv")
     if not path.is_file():
-        message = f"{path}: expected a table of a fleet's folder, found none"
+        message = f"{folder}: expected {name}.parquet or {name}.csv of a fleet, found neither"
         raise FileNotFoundError(message)
-    return pd.read_parquet(path)
+    table = pd.read_csv(path, dtype=dict.fromkeys(("machine", "error", "component"), str))
+    if name != "machines":
+        table["time"] = pd.to_datetime(table["time"], utc=True).dt.tz_localize(None)
+    return table

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from apps.console.bundles import Terms
 from apps.console.index import MessageIndex, Place
 from apps.console.machines import thin
-from apps.console.uploads import Forecast, Telemetry, moment_of, parse_upload
+from apps.console.uploads import Event, Forecast, Telemetry, moment_of, parse_upload
 from apps.maintenance.sync.boxes import save_messages
 from apps.maintenance.sync.database import Database
 
@@ -27,6 +28,22 @@ def test_a_forecast_is_read() -> None:
     found = parse_upload(FORECAST)
     assert isinstance(found, Forecast)
     assert (found.machine, found.peak, found.moment) == ("m1", 0.4, 1767225600.0)
+
+
+def test_the_deployment_says_itself_what_its_hazards_are_of() -> None:
+    said = {"components": ["pump", "drive"], "horizons_h": [4, 48], "alert_horizon_h": 48}
+    found = parse_upload({**FORECAST, **said, "threshold": 0.2})
+    assert isinstance(found, Forecast)
+    assert found.terms == Terms(["pump", "drive"], [4, 48], 1, 0.2)
+    for wrong in ({"components": ["pump"]}, {"alert_horizon_h": 5}, {"threshold": None}):
+        with pytest.raises(ValueError, match="expected"):
+            parse_upload({**FORECAST, **said, "threshold": 0.2, **wrong})
+
+
+def test_an_event_may_be_of_a_machine() -> None:
+    body = {"kind": "event", "event": "error", "detail": "E1", "time": FORECAST["time"]}
+    found = [parse_upload(each) for each in (body, {**body, "machine": "m1"})]
+    assert [each.machine for each in found if isinstance(each, Event)] == ["", "m1"]
 
 
 def test_what_a_sensor_did_not_measure_stays_unknown() -> None:

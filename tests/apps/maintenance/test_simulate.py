@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from apps.maintenance.fleet import Fleet
-from apps.maintenance.simulate import COMPONENTS, SENSORS, SimulationConfig, simulate
+from apps.maintenance.simulate import COMPONENTS, ERRORS, SENSORS, SimulationConfig, simulate
 from apps.maintenance.tables import read_fleet, write_fleet
+from apps.maintenance.telemetry.plant import FILE, Plant
 
 CONFIG = SimulationConfig(num_machines=20, num_days=180, seed=3)
 
@@ -70,7 +71,44 @@ def test_an_unknown_machine_or_a_time_off_the_hour_is_refused(fleet: Fleet, tmp_
     with pytest.raises(ValueError, match="times on whole hours"):
         read_fleet(tmp_path)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"errors\.parquet"):
+    with pytest.raises(FileNotFoundError, match=r"errors\.parquet or errors\.csv"):
+        read_fleet(tmp_path)
+
+
+def test_csv_tables_are_read_as_parquet_is(tmp_path: Path) -> None:
+    fleet = simulate(SimulationConfig(num_machines=4, num_days=90))
+    write_fleet(fleet, tmp_path)
+    for path in list(tmp_path.glob("*.parquet")):
+        pd.read_parquet(path).to_csv(path.with_suffix(".csv"), index=False)
+        path.unlink()
+    back = read_fleet(tmp_path)
+    np.testing.assert_allclose(back.telemetry, fleet.telemetry, rtol=1e-6)
+    assert _triples(back, "failures") == _triples(fleet, "failures")
+
+
+def test_finer_samples_become_hours_and_thin_hours_gaps(tmp_path: Path) -> None:
+    small = simulate(SimulationConfig(num_machines=1, num_days=2))
+    write_fleet(small, tmp_path)
+    Plant(1200, dict.fromkeys(SENSORS, "1"), ERRORS, COMPONENTS).write(tmp_path / FILE)
+    start = pd.Timestamp("2024-01-01")
+    minutes = [20, 40, 60, 80, 140, 160, 180]  # hour 2 has one sample of three
+    table = pd.DataFrame({"time": [start + pd.Timedelta(minutes=m) for m in minutes]})
+    table = table.assign(machine="M000", **{name: np.arange(7.0) for name in SENSORS})
+    table.loc[6, "current"] = np.nan
+    table.to_parquet(tmp_path / "telemetry.parquet")
+    back = read_fleet(tmp_path)
+    assert back.start == start + pd.Timedelta(hours=1)
+    assert back.telemetry[0, 0].tolist() == [1.0] * 4
+    assert np.isnan(back.telemetry[0, 1]).all()
+    assert back.telemetry[0, 2].tolist() == [5.0, 4.5, 5.0, 5.0]
+
+
+def test_two_rows_of_one_hour_are_refused(fleet: Fleet, tmp_path: Path) -> None:
+    write_fleet(fleet, tmp_path)
+    path = tmp_path / "telemetry.parquet"
+    table = pd.read_parquet(path)
+    pd.concat([table, table.head(1)]).to_parquet(path)
+    with pytest.raises(ValueError, match="one row per machine and hour"):
         read_fleet(tmp_path)
 
 
