@@ -14,12 +14,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("apps", "benchmarks", "cluster", "core_model", "kernels")
 MODULES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 INSTALLED = {canonicalize_name(found.metadata["Name"]) for found in distributions()}
+OWNERS = packages_distributions()
 HEAVY = ("torch", "triton", "ray", "kernels", "core_model", "kafka")
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_other_distribution_owns_our_package_names(package: str) -> None:
-    assert set(packages_distributions()[package]) == {"trimoe"}
+    assert set(OWNERS[package]) == {"trimoe"}
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_a_written_study_reads_back_value_for_value_at_its_place(form: str, tmp_
 
 
 def test_each_broken_study_is_one_case_and_gets_its_reason(tmp_path: Path) -> None:
-    reasons = write_faults(next(volumes(1)), tmp_path / "broken")
+    reasons = write_faults(make_phantom(0, SMALL)[0], tmp_path / "broken")
     assert len(reasons) == len(FAULTS) == 10
     found = {}
     for source in discover(tmp_path, BOUNDS).sources:

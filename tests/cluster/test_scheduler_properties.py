@@ -24,6 +24,7 @@ ARRIVALS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(ARRIVALS)
 def test_everything_runs_once_in_deadline_order_within_budget(
@@ -122,6 +123,7 @@ def test_tenants_that_always_wait_get_work_by_weight(
     in_loop(scenario)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(ARRIVALS)
 def test_no_step_is_empty_while_something_waits(

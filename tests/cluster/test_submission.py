@@ -44,7 +44,7 @@ class Dashboard(BaseHTTPRequestHandler):
 def dashboard(ray_imported: None) -> Iterator[tuple[str, dict[str, Any]]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Dashboard)
     server.state = {"steps": [{}]}  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}", server.state  # type: ignore[attr-defined]
     server.shutdown()

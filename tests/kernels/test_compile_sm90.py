@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("compile_sm90.py")
 ROOT = SCRIPT.parents[2]
 SHARED_BYTES_PER_BLOCK = 232_448  # 227 KiB, compute capability 9.0

@@ -114,6 +114,7 @@ def test_three_workers_together_equal_one(table: pd.DataFrame, expected: Feature
         assert_same(join(parts), wanted)
 
 
+@pytest.mark.slow
 def test_labels_after_the_transaction_and_corrections_count_alike(
     table: pd.DataFrame, expected: Features
 ) -> None:
@@ -172,6 +173,7 @@ def test_a_late_transaction_goes_to_its_place(table: pd.DataFrame) -> None:
     assert (np.diff(arrival) < 0).any()
 
 
+@pytest.mark.slow
 def test_late_transactions_of_one_call_are_answered_as_one_by_one(table: pd.DataFrame) -> None:
     """An answer shows nothing of those after it in the call, even if their time is earlier."""
     transactions = transactions_of(table)[:3000]

@@ -41,6 +41,7 @@ def test_repairs_and_oddness_lower_the_confidence_of_a_case() -> None:
     assert case_confidence([], 0.5, ()) == 0.0
 
 
+@pytest.mark.slow
 def test_a_profile_tells_another_scan_from_alike_ones() -> None:
     def of(seed: int, shape: PhantomShape | None = None) -> np.ndarray:
         grid = PatientGrid(make_phantom(seed, shape)[0], 3.0)

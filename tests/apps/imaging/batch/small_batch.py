@@ -4,6 +4,7 @@ Run as a script it is a driver.  A case is a JSON file that says how it behaves:
 
     {"seed": 3, "seconds": 0.2, "how": "plain" | "poison" | "raises" | "unreadable"}
 
+A worker does not import what a driver alone needs: it would start three times as slowly.
 Whoever runs a case holds a lock on ``locks/<case id>`` beside the input, so a second one at
 the same time would be seen: it leaves ``doubled/<case id>``.
 """
@@ -22,23 +23,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from apps.imaging.batch.driver import Outcome, run_batch
-from apps.imaging.batch.evidence import signing_key
 from apps.imaging.batch.plan import Batch, Shard
 from apps.imaging.batch.process import Application
-from apps.imaging.batch.progress import progress_on
 from apps.imaging.batch.workers import WorkerPlan, WorkerSettings
-from apps.imaging.launch import stop_on_signal
 from apps.imaging.outputs.summary import CaseSummary
 from apps.imaging.reading.source import Inventory, Member, SetAside, Source, SourceKind, case_id_of
 from apps.imaging.reasons import Reason, Status
 from cluster.client import Client
 from cluster.errors import ConfigurationError, TrimoeError, UnavailableError
 from cluster.schemas import InferRequest, InferResponse
+
+if TYPE_CHECKING:
+    from apps.imaging.batch.driver import Outcome
 
 ROOT = Path(__file__).parents[4]
 MODEL = "small-1"
@@ -228,8 +228,13 @@ async def work(plan: WorkerPlan, index: int) -> None:
     await service.run()
 
 
-def drive(args: argparse.Namespace) -> Outcome:
+def drive(args: argparse.Namespace) -> "Outcome":
     """Run a driver to its end."""
+    from apps.imaging.batch.driver import run_batch
+    from apps.imaging.batch.evidence import signing_key
+    from apps.imaging.batch.progress import progress_on
+    from apps.imaging.launch import stop_on_signal
+
     root = args.input.resolve()
     batch = Batch(
         APPLICATION,
@@ -247,8 +252,11 @@ def drive(args: argparse.Namespace) -> Outcome:
         return run_batch(batch, hired, key, is_resumed=args.resume, stopping=stopping, show=show)
 
 
-def run_here(folder: Path, out: Path, *, is_resumed: bool = False, shard: str = "0/1") -> Outcome:
+def run_here(folder: Path, out: Path, *, is_resumed: bool = False, shard: str = "0/1") -> "Outcome":
     """Run a driver in this process, its worker in a thread."""
+    from apps.imaging.batch.driver import run_batch
+    from apps.imaging.batch.evidence import signing_key
+
     batch = Batch(
         APPLICATION,
         folder,

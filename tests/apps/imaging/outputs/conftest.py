@@ -1,12 +1,16 @@
 """Generated cases (``scan``) and settings for tests of outputs."""
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
 from math import nan
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from apps.imaging.outputs.settings import OutputSettings
+from apps.imaging.outputs.write import write_case
 from tests.apps.imaging.outputs.scan import FORMS, KEY, Sample
 
 
@@ -38,6 +42,46 @@ def uneven() -> Sample:
 def any_form(request: pytest.FixtureRequest) -> Sample:
     """Each of the forms in turn."""
     return FORMS[request.param]()
+
+
+@dataclass(frozen=True)
+class Written:
+    """A case with its files."""
+
+    sample: Sample
+    directory: Path
+    outputs: Mapping[str, str]
+
+
+@pytest.fixture(scope="session")
+def write_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Written]:
+    """Writes a form with ``settings``, once for all tests, of which none changes it."""
+
+    @cache
+    def write(form: str) -> Written:
+        sample, directory = FORMS[form](), tmp_path_factory.mktemp(form)
+        outputs = write_case(sample.case, sample.findings, directory, OutputSettings(uid_key=KEY))
+        return Written(sample, directory, outputs)
+
+    return write
+
+
+@pytest.fixture
+def written_plain(write_once: Callable[[str], Written]) -> Written:
+    """The plain form."""
+    return write_once("plain")
+
+
+@pytest.fixture
+def written_filled(write_once: Callable[[str], Written]) -> Written:
+    """The form with slices that were not acquired."""
+    return write_once("filled")
+
+
+@pytest.fixture(params=list(FORMS))
+def any_written(request: pytest.FixtureRequest, write_once: Callable[[str], Written]) -> Written:
+    """Each of the forms in turn."""
+    return write_once(request.param)
 
 
 @pytest.fixture

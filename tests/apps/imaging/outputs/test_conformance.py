@@ -18,6 +18,7 @@ from pydicom import Dataset, dcmread
 
 from apps.imaging.outputs.settings import OutputSettings
 from apps.imaging.outputs.write import write_case
+from tests.apps.imaging.outputs.conftest import Written
 from tests.apps.imaging.outputs.scan import KEY, Sample
 
 pytestmark = pytest.mark.slow
@@ -62,21 +63,21 @@ def faults(dataset: Dataset, iod: str) -> Iterator[str]:
                     yield f"{module}: {keyword} is empty"
 
 
-@pytest.mark.parametrize("keep_identity", [False, True])
-def test_required_attributes_are_there(
-    any_form: Sample, tmp_path: Path, *, keep_identity: bool
-) -> None:
-    settings = OutputSettings(KEY, keep_identity=keep_identity)
+def test_required_attributes_are_there(any_written: Written) -> None:
+    for name in OBJECTS:
+        dataset = dcmread(any_written.directory / any_written.outputs[name])
+        assert list(faults(dataset, IODS[name])) == []
+
+
+def test_required_attributes_are_there_with_the_identity(any_form: Sample, tmp_path: Path) -> None:
+    settings = OutputSettings(KEY, keep_identity=True)
     outputs = write_case(any_form.case, any_form.findings, tmp_path, settings)
     for name in OBJECTS:
         assert list(faults(dcmread(tmp_path / outputs[name]), IODS[name])) == []
 
 
-def test_the_check_finds_what_is_missing(
-    plain: Sample, tmp_path: Path, settings: OutputSettings
-) -> None:
-    outputs = write_case(plain.case, plain.findings, tmp_path, settings)
-    seg = dcmread(tmp_path / outputs["segmentation"])
+def test_the_check_finds_what_is_missing(written_plain: Written) -> None:
+    seg = dcmread(written_plain.directory / written_plain.outputs["segmentation"])
     del seg.SegmentSequence[0].SegmentLabel, seg.StudyDate
     seg.Manufacturer = ""
     found = list(faults(seg, "segmentation"))
@@ -85,15 +86,12 @@ def test_the_check_finds_what_is_missing(
     assert "enhanced-general-equipment: Manufacturer is empty" in found
 
 
-def test_dciodvfy_finds_no_fault(
-    any_form: Sample, tmp_path: Path, settings: OutputSettings
-) -> None:
+def test_dciodvfy_finds_no_fault(any_written: Written) -> None:
     program = which("dciodvfy") or which("dciodvfy", path=str(Path(sys.executable).parent))
     if program is None:
         pytest.skip("no dciodvfy; it comes with dicom3tools")
-    outputs = write_case(any_form.case, any_form.findings, tmp_path, settings)
     for name in OBJECTS:
-        path = tmp_path / outputs[name]
+        path = any_written.directory / any_written.outputs[name]
         said = subprocess.run([program, path], capture_output=True, text=True, check=False).stderr
         lines = [line for line in said.splitlines() if FOR_DICOMDIR not in line]
         troubles = [line for line in lines if line.startswith(("Error", "Warning"))]

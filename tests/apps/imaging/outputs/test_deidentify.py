@@ -13,6 +13,7 @@ from apps.imaging.outputs.deidentify import IDENTITY_KEYWORDS, Pseudonyms, refer
 from apps.imaging.outputs.settings import OutputSettings
 from apps.imaging.outputs.summary import summarise
 from apps.imaging.outputs.write import write_batch, write_case
+from tests.apps.imaging.outputs.conftest import Written
 from tests.apps.imaging.outputs.scan import IDENTITY, KEY, UID_ROOT, Sample
 
 WORD = "sentinel"  # in every name, address and free text of the source
@@ -100,12 +101,9 @@ def test_kept_identity_is_in_dicom_and_nothing_else_of_the_header(
     assert b"sentinelsource/ct" in files["index.html"]
 
 
-def test_derived_objects_say_that_they_are_deidentified(
-    plain: Sample, tmp_path: Path, settings: OutputSettings
-) -> None:
-    outputs = write_case(plain.case, plain.findings, tmp_path, settings)
+def test_derived_objects_say_that_they_are_deidentified(written_plain: Written) -> None:
     for name in ("segmentation", "measurements", "capture", "pdf_dicom"):
-        dataset = dcmread(tmp_path / outputs[name])
+        dataset = dcmread(written_plain.directory / written_plain.outputs[name])
         assert dataset.PatientIdentityRemoved == "YES"
         assert dataset.DeidentificationMethodCodeSequence[0].CodeValue == "113100"
         assert dataset.LongitudinalTemporalInformationModified == "REMOVED"
@@ -114,12 +112,11 @@ def test_derived_objects_say_that_they_are_deidentified(
 
 
 def test_replaced_uids_agree_over_all_objects(
-    plain: Sample, tmp_path: Path, settings: OutputSettings
+    written_plain: Written, settings: OutputSettings
 ) -> None:
-    outputs = write_case(plain.case, plain.findings, tmp_path, settings)
     pseudonyms = Pseudonyms(settings)
     datasets = [
-        dcmread(tmp_path / outputs[name])
+        dcmread(written_plain.directory / written_plain.outputs[name])
         for name in ("segmentation", "measurements", "capture", "pdf_dicom")
     ]
     assert {d.StudyInstanceUID for d in datasets} == {pseudonyms.uid(f"{UID_ROOT}.1")}

@@ -9,8 +9,9 @@ import pytest
 
 from apps.imaging.outputs.settings import OutputSettings
 from apps.imaging.outputs.summary import CaseSummary, summarise
-from apps.imaging.outputs.write import write_batch, write_case
+from apps.imaging.outputs.write import write_batch, write_report
 from apps.imaging.reasons import Reason, Status
+from tests.apps.imaging.outputs.conftest import Written
 from tests.apps.imaging.outputs.scan import Sample
 
 VOID = {"meta", "link", "img", "input", "br"}
@@ -45,9 +46,8 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def case_page(sample: Sample, directory: Path, settings: OutputSettings) -> Page:
-    outputs = write_case(sample.case, sample.findings, directory, settings)
-    return Page((directory / outputs["report"]).read_text())
+def case_page(written: Written) -> Page:
+    return Page((written.directory / written.outputs["report"]).read_text())
 
 
 def batch_page(summaries: list[CaseSummary], directory: Path, settings: OutputSettings) -> Page:
@@ -55,10 +55,8 @@ def batch_page(summaries: list[CaseSummary], directory: Path, settings: OutputSe
     return Page((directory / outputs["batch_report"]).read_text())
 
 
-def test_a_case_page_loads_nothing_and_links_only_files_beside_it(
-    filled: Sample, tmp_path: Path, settings: OutputSettings
-) -> None:
-    page = case_page(filled, tmp_path, settings)
+def test_a_case_page_loads_nothing_and_links_only_files_beside_it(written_filled: Written) -> None:
+    page, directory = case_page(written_filled), written_filled.directory
     assert page.open == []
     assert not page.all("script")
     sources = [image["src"] or "" for image in page.all("img")]
@@ -66,16 +64,14 @@ def test_a_case_page_loads_nothing_and_links_only_files_beside_it(
     assert all(re.match(r"data:image/(png|jpeg);base64,", source) for source in sources)
     links = [link["href"] or "" for link in page.all("a")]
     assert len(links) > 8
-    assert all((tmp_path / link).is_file() for link in links)
-    assert "http:" not in (tmp_path / "report.html").read_text()
-    assert "https:" not in (tmp_path / "report.html").read_text()
+    assert all((directory / link).is_file() for link in links)
+    assert "http:" not in (directory / "report.html").read_text()
+    assert "https:" not in (directory / "report.html").read_text()
 
 
-def test_a_case_page_says_what_a_reviewer_needs(
-    filled: Sample, tmp_path: Path, settings: OutputSettings
-) -> None:
-    text = " ".join(case_page(filled, tmp_path, settings).text.split())
-    organ = next(o for o in filled.findings.organs if o.name == "Mandible")
+def test_a_case_page_says_what_a_reviewer_needs(written_filled: Written) -> None:
+    text = " ".join(case_page(written_filled).text.split())
+    organ = next(o for o in written_filled.sample.findings.organs if o.name == "Mandible")
     for expected in (
         "case-0001", "repaired", "GAP_INTERPOLATED", "slice filled in between its neighbours",
         "1.50", "0.87", "organs-test-1", "infer 2.10 s", "Together 2.70 s", "global experts",
@@ -85,10 +81,8 @@ def test_a_case_page_says_what_a_reviewer_needs(
         assert expected in text, expected
 
 
-def test_pictures_and_tables_can_be_read_aloud(
-    filled: Sample, tmp_path: Path, settings: OutputSettings
-) -> None:
-    page = case_page(filled, tmp_path, settings)
+def test_pictures_and_tables_can_be_read_aloud(written_filled: Written) -> None:
+    page = case_page(written_filled)
     assert all(image["alt"] for image in page.all("img"))
     assert all(cell.get("scope") in {"col", "row"} for cell in page.all("th"))
     assert page.all("html")[0]["lang"] == "en"
@@ -98,8 +92,9 @@ def test_what_a_reason_says_is_text_and_never_markup(
     plain: Sample, tmp_path: Path, settings: OutputSettings
 ) -> None:
     reason = Reason("X", "<script>alert(1)</script>")
-    sample = replace(plain, case=replace(plain.case, reasons=(reason,)))
-    page = case_page(sample, tmp_path, settings)
+    case = replace(plain.case, reasons=(reason,))
+    outputs = write_report(case, plain.findings, tmp_path, settings)
+    page = Page((tmp_path / outputs["report"]).read_text())
     assert not page.all("script")
     assert "<script>alert(1)</script>" in page.text
 

@@ -15,6 +15,7 @@ from apps.imaging.outputs.selection import choose_slices
 from apps.imaging.outputs.settings import Kind, OutputSettings
 from apps.imaging.outputs.write import write_case, write_files, write_report
 from apps.imaging.reasons import Reason, Status
+from tests.apps.imaging.outputs.conftest import Written
 from tests.apps.imaging.outputs.scan import KEY, Sample
 
 
@@ -22,26 +23,23 @@ def files_below(directory: Path) -> set[str]:
     return {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
 
 
-def test_every_path_is_a_file_and_every_file_has_a_name(
-    any_form: Sample, tmp_path: Path, settings: OutputSettings
-) -> None:
-    outputs = write_case(any_form.case, any_form.findings, tmp_path, settings)
-    assert set(outputs.values()) == files_below(tmp_path)
+def test_every_path_is_a_file_and_every_file_has_a_name(any_written: Written) -> None:
+    assert set(any_written.outputs.values()) == files_below(any_written.directory)
     assert {
         "report", "segmentation", "measurements", "labels", "confidence", "grid", "capture",
         "pdf", "pdf_dicom",
-    } <= set(outputs)  # fmt: skip
+    } <= set(any_written.outputs)  # fmt: skip
 
 
 def test_report_first_and_files_later_is_the_same_as_both(
-    plain: Sample, tmp_path: Path, settings: OutputSettings
+    written_plain: Written, plain: Sample, tmp_path: Path, settings: OutputSettings
 ) -> None:
-    both = write_case(plain.case, plain.findings, tmp_path / "a", settings)
-    report = write_report(plain.case, plain.findings, tmp_path / "b", settings)
-    files = write_files(plain.case, plain.findings, tmp_path / "b", settings)
-    assert {**report, **files} == both
-    for path in both.values():
-        assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes(), path
+    report = write_report(plain.case, plain.findings, tmp_path, settings)
+    files = write_files(plain.case, plain.findings, tmp_path, settings)
+    assert {**report, **files} == written_plain.outputs
+    for path in written_plain.outputs.values():
+        both = (written_plain.directory / path).read_bytes()
+        assert (tmp_path / path).read_bytes() == both, path
 
 
 def test_only_the_kinds_asked_for_are_written(plain: Sample, tmp_path: Path) -> None:
@@ -108,30 +106,22 @@ def test_measurements_need_the_segmentation() -> None:
         OutputSettings(KEY, frozenset({Kind.MEASUREMENTS}))
 
 
-def test_the_capture_is_the_picture(
-    plain: Sample, tmp_path: Path, settings: OutputSettings
-) -> None:
-    outputs = write_case(plain.case, plain.findings, tmp_path, settings)
-    capture = dcmread(tmp_path / outputs["capture"])
-    slices = choose_slices(plain.stack, plain.findings)
-    np.testing.assert_array_equal(
-        capture.pixel_array, montage_of(plain.stack, plain.findings, slices)
-    )
+def test_the_capture_is_the_picture(written_plain: Written) -> None:
+    capture = dcmread(written_plain.directory / written_plain.outputs["capture"])
+    stack, findings = written_plain.sample.stack, written_plain.sample.findings
+    slices = choose_slices(stack, findings)
+    np.testing.assert_array_equal(capture.pixel_array, montage_of(stack, findings, slices))
     assert capture.BurnedInAnnotation == "NO"
 
 
-def test_the_pdf_in_dicom_is_the_pdf(
-    plain: Sample, tmp_path: Path, settings: OutputSettings
-) -> None:
-    outputs = write_case(plain.case, plain.findings, tmp_path, settings)
-    document = dcmread(tmp_path / outputs["pdf_dicom"])
-    pdf = (tmp_path / outputs["pdf"]).read_bytes()
+def test_the_pdf_in_dicom_is_the_pdf(written_plain: Written) -> None:
+    document = dcmread(written_plain.directory / written_plain.outputs["pdf_dicom"])
+    pdf = (written_plain.directory / written_plain.outputs["pdf"]).read_bytes()
     assert pdf.startswith(b"%PDF-")
     assert document.EncapsulatedDocument[: document.EncapsulatedDocumentLength] == pdf
     assert document.MIMETypeOfEncapsulatedDocument == "application/pdf"
 
 
-def test_grid_is_json(plain: Sample, tmp_path: Path, settings: OutputSettings) -> None:
-    outputs = write_case(plain.case, plain.findings, tmp_path, settings)
-    record = json.loads((tmp_path / outputs["grid"]).read_text())
+def test_grid_is_json(written_plain: Written) -> None:
+    record = json.loads((written_plain.directory / written_plain.outputs["grid"]).read_text())
     assert record["notice"] == "Research use. Not a medical device."

@@ -92,6 +92,7 @@ print(json.dumps([before, refused, during, serving, after, switched]))
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk(box: Box, signed: SignedFolder, server: FileServer) -> None:
     """No update, no forecast is lost, and both go on when there is room."""
     publish_bundle(signed.repository, make_bundle(2))
@@ -106,6 +107,7 @@ def test_a_full_disk(box: Box, signed: SignedFolder, server: FileServer) -> None
     assert json.loads(done.stdout) == [3, "disk_full", 0, 1, 3, "switched"]
 
 
+@pytest.mark.slow
 def test_ten_days_offline_and_a_drain(box: Box, tmp_path: Path) -> None:
     """100 machines, a window an hour each, a restart on the way: all there, in order."""
     num_hours, num_machines = 240, 100
