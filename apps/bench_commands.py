@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from apps.arguments import Subparsers, later, positive
+from apps.arguments import Subparsers, count, later, positive
 
 SERVING_CASES = ("mixed", "goodput", "lengths", "long", "overload", "versions", "sweep")
 
@@ -15,6 +15,7 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_fraud(subjects)
     _add_serving(subjects)
     _add_imaging(subjects)
+    _add_edge(subjects)
 
 
 def _add_common(parser: argparse.ArgumentParser, module: str) -> None:
@@ -56,7 +57,9 @@ def _add_serving(subjects: Subparsers) -> None:
 
 def _add_imaging(subjects: Subparsers) -> None:
     parser = subjects.add_parser("imaging", help="time per CT case beside dense networks; a batch")
-    parser.add_argument("--cases", type=positive, default=50, metavar="N", help="of the batch")
+    parser.add_argument(
+        "--cases", type=count, default=50, metavar="N", help="of the batch; 0: no batch"
+    )
     parser.add_argument(
         "--repeats", type=positive, default=5, metavar="N", help="of one case, each"
     )
@@ -68,3 +71,24 @@ def _add_imaging(subjects: Subparsers) -> None:
     )
     parser.add_argument("--work", type=Path, metavar="DIR", help="generated studies are reused")
     _add_common(parser, "benchmarks.imaging")
+
+
+def _add_edge(subjects: Subparsers) -> None:
+    parser = subjects.add_parser(
+        "edge", help="an edge model beside its cloud model and LightGBM; a box on one core"
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="of the Azure sample; default: a generated fleet"
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="cloud model; default: the shipped weights"
+    )
+    parser.add_argument("--preset", default="small", metavar="NAME", help="to train with --data")
+    parser.add_argument(
+        "--windows", type=positive, default=3000, metavar="N", help="moments a box is given"
+    )
+    parser.add_argument(
+        "--install", action="store_true", help="measure a fresh environment, and run the box in it"
+    )
+    parser.add_argument("--work", type=Path, metavar="DIR", help="trained models are reused")
+    _add_common(parser, "benchmarks.edge")

@@ -59,6 +59,8 @@ _EXTRA_OF: Final = {  # import name of an optional dependency -> the extra that 
     "xgboost": "platform",
     "yaml": "deploy",
     "triton": "gpu",
+    "onnx": "maintenance",
+    "onnxmltools": "maintenance",
     "onnxruntime": "edge",
     "tuf": "edge",
 }

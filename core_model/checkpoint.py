@@ -19,6 +19,7 @@ from torch import Tensor
 
 from core_model.config import MoEConfig
 from core_model.model import MoETransformer
+from core_model.series import SeriesAdapter
 from core_model.tabular import TabularAdapter
 from kernels.trees import TreeEnsemble
 
@@ -137,7 +138,7 @@ def _fill(model: MoETransformer, tensors: Mapping[str, Tensor]) -> None:
     """Copy stored tensors into the model, tree ensembles first: their sizes are data."""
     wide = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     for task, adapter in model.adapters.items():
-        if isinstance(adapter, TabularAdapter):
+        if isinstance(adapter, TabularAdapter | SeriesAdapter):
             prefix = f"adapters.{task}.tree_"
             missing = sorted(name for name in TreeEnsemble._fields if prefix + name not in wide)
             if missing:

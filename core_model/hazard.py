@@ -31,7 +31,8 @@ TO_VISIT = FORECAST_CONTEXT.index("to_visit_h")
 NUM_BUCKET_COLUMNS = 3
 FIRST_GATE = -1.0  # logit; the sequence experts start with a weight of .27
 GATE_STEPS = 50
-GATE_PRIOR = 1.0  # nats per squared logit away from the first gate
+GATE_PRIOR = 0.1  # nats per squared logit of a horizon's mean gate away from the first gate
+GATE_POOLING = 30.0  # nats per squared logit of a component away from it, see docs/log.md
 LIFE_SCALE = 50.0  # cycles; of the order of the spread of lives
 
 
@@ -79,6 +80,8 @@ def hazard_loss(hazard_BHC: Tensor, hours_BC: Tensor, observed_B: Tensor) -> Ten
 def fit_gate(tree_BHC: Tensor, sequence_BHC: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the logit of each hazard's gate [H, C] that held-out rows favour.
 
+    A component with few failures has about the gate of its horizon.
+
     Args:
         tree_BHC: Hazards of the trees.
         sequence_BHC: Those of the sequence experts.
@@ -90,7 +93,9 @@ def fit_gate(tree_BHC: Tensor, sequence_BHC: Tensor, loss: Callable[[Tensor], Te
     def closure() -> Tensor:
         optimizer.zero_grad()
         hazard_BHC = tree_BHC + torch.sigmoid(gate_HC) * (sequence_BHC - tree_BHC)
-        value = loss(hazard_BHC) + GATE_PRIOR * (gate_HC - FIRST_GATE).square().sum()
+        mean_H1 = gate_HC.mean(dim=1, keepdim=True)
+        value = loss(hazard_BHC) + GATE_PRIOR * (mean_H1 - FIRST_GATE).square().sum()
+        value = value + GATE_POOLING * (gate_HC - mean_H1).square().sum()
         value.backward()
         return value
 

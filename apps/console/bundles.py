@@ -44,14 +44,14 @@ class Bundles:
     def terms(self, version: str, hazard: Sequence[Sequence[float]]) -> Terms:
         """Return the terms of a version's hazards [C][H]."""
         size = len(hazard), len(hazard[0])
-        info = self._info(version)
+        info = self.info(version)
         if info is None or size != (len(info.components), len(info.horizons_h)):
             names = [f"component {idx + 1}" for idx in range(size[0])]
             return Terms(names, [None] * size[1], size[1] - 1, None)
         alert_idx = info.horizons_h.index(info.alerts.horizon_h)
         return Terms(info.components, info.horizons_h, alert_idx, info.alerts.threshold)
 
-    def _info(self, version: str) -> BundleInfo | None:
+    def info(self, version: str) -> BundleInfo | None:
         """Return what the bundle of a version says; None if it was not published here."""
         if version not in self._known:
             family, _, number = version.rpartition("-")

@@ -1,14 +1,14 @@
-"""Drift of what a model says: its first forecasts on a box against its newest there.
+"""Drift of what a model says and sees, box by box, and the triggers that follow from it.
 
-The measure is the population stability index (PSI) over tenths of the first ones:
+Two measures, both a population stability index (``edge.spread``):
 
-    PSI = sum over bins of (new - old) * ln(new / old)        shares of forecasts in the bin
+    forecasts   the newest on a box against its first ones, of the largest hazard and the median
+                remaining life; with 500 against 500 unchanged and independent ones its mean is .036
+    training    the newest windows, as the box counts them, against the training of its model; of
+                the name that has moved most, where the bundle says how its training was spread
 
-of the largest hazard and of the median remaining life.  Below .1 it is called steady, above .25
-drifted; both are the conventional limits.  With 500 against 500 unchanged and independent
-forecasts its mean is .036.
-
-Knows: forecasts that came in.  Does not know: labels, so it cannot say that a model is wrong.
+Knows: forecasts that came in, counts that boxes report.  Does not know: labels, so it cannot say
+that a model is wrong.
 """
 
 import sqlite3
@@ -18,20 +18,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from apps.console.bundles import Bundles
+from apps.maintenance.edge.spread import DRIFTED, STEADY, Spread
 from apps.maintenance.sync.boxes import Box
 from apps.maintenance.sync.database import Database
+from apps.maintenance.sync.evidence import drift_of
 
 NUM = 500  # forecasts on either side
-NUM_BINS = 10
-STEADY, DRIFTED = 0.1, 0.25
-_LEAST = 0.5 / NUM  # share of an empty bin: half a forecast
 
 
 def psi(first: NDArray[np.float64], newest: NDArray[np.float64]) -> float:
     """Return the population stability index of two samples."""
-    edges = np.unique(np.quantile(first, np.linspace(0, 1, NUM_BINS + 1)[1:-1]))
-    old, new = (_shares(values, edges) for values in (first, newest))
-    return float(((new - old) * np.log(new / old)).sum())
+    spread = Spread.of(first)
+    return spread.psi(spread.count(newest))
 
 
 class Drift:
@@ -39,10 +38,12 @@ class Drift:
 
     Args:
         database: Of the fleet, with the index of messages.
+        bundles: Say how the training of a model was spread.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, bundles: Bundles) -> None:
         self._database = database
+        self._bundles = bundles
         self._known: dict[str, tuple[int, dict[str, Any]]] = {}  # by box: last message, figures
 
     def view(self, boxes: Sequence[Box]) -> Sequence[Mapping[str, Any]]:
@@ -53,12 +54,24 @@ class Drift:
                 "group": box.group,
                 "is_offline": box.is_offline,
                 **self._figures(box.agent),
+                "training": self._training(box),
             }
             for box in boxes
         ]
         return sorted(
             found, key=lambda each: (-max(each["psi"].values(), default=-1), each["agent"])
         )
+
+    def _training(self, box: Box) -> Mapping[str, Any] | None:
+        """Return how far a box's windows are from the training of its model, if that is known."""
+        facts = box.facts.get("drift")
+        version = facts.get("version") if isinstance(facts, dict) else None
+        info = self._bundles.info(version) if isinstance(version, str) else None
+        if info is None or not info.reference:
+            return None
+        psis, num = drift_of(info, [box])
+        name = max(psis, key=lambda each: psis[each])
+        return {"name": name, "psi": round(psis[name], 3), "windows": num} if num else None
 
     def _figures(self, agent: str) -> dict[str, Any]:
         """Return the figures of a box, measured anew if it has uploaded since."""
@@ -103,8 +116,3 @@ def _verdict(measured: Mapping[str, float]) -> str:
         return "waiting"
     worst = max(measured.values())
     return "drifted" if worst > DRIFTED else "shifting" if worst >= STEADY else "steady"
-
-
-def _shares(values: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.float64]:
-    counts = np.bincount(np.searchsorted(edges, values, side="right"), minlength=edges.size + 1)
-    return np.maximum(counts / values.size, _LEAST)

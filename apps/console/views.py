@@ -7,17 +7,20 @@ from typing import Any
 
 from apps.console.alerts import Alerts
 from apps.console.bundles import Bundles
-from apps.console.drift import DRIFTED, NUM, STEADY, Drift
+from apps.console.drift import NUM, Drift
 from apps.console.index import MessageIndex
 from apps.console.ledger import NAME, read_ledger
 from apps.console.machines import Machines
+from apps.maintenance.edge.spread import DRIFTED, STEADY
 from apps.maintenance.sync.boxes import Box
 from apps.maintenance.sync.control import Control
 from apps.maintenance.sync.rollout import Rollout
+from apps.maintenance.sync.triggers import RULES
 from cluster.errors import ConfigurationError
 
 MAX_BOXES = 200  # of one answer
 NUM_AUDIT = 200
+MAX_RETRAININGS = 50
 
 
 class Views:
@@ -34,7 +37,7 @@ class Views:
         self._index = MessageIndex(control.database)
         bundles = Bundles(control.repository)
         self._machines = Machines(control.database, self._index, bundles)
-        self._drift = Drift(control.database)
+        self._drift = Drift(control.database, bundles)
         self._alerts = Alerts(control.database, bundles, clock)
 
     def fleet(self, find: str) -> Mapping[str, Any]:
@@ -91,10 +94,19 @@ class Views:
         )
 
     def drift(self) -> Mapping[str, Any]:
-        """Return how far the forecasts of each box have moved."""
+        """Return how far each box has moved, what asks for a new training, and what came of it."""
         self._index.catch_up()
-        boxes = self._drift.view(self._control.boxes())
-        return self._answer(boxes=boxes, needed=2 * NUM, steady=STEADY, drifted=DRIFTED)
+        retrainings = self._control.retrainings
+        return self._answer(
+            boxes=self._drift.view(self._control.boxes()),
+            triggers=[
+                {**asdict(each), **asdict(RULES[each.trigger])} for each in retrainings.triggers()
+            ],
+            retrainings=[asdict(each) for each in retrainings.list()[:MAX_RETRAININGS]],
+            needed=2 * NUM,
+            steady=STEADY,
+            drifted=DRIFTED,
+        )
 
     def ledger(self) -> Mapping[str, Any]:
         """Return the downtime ledger; null if there is none yet."""

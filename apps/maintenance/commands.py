@@ -18,6 +18,7 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_evaluate(commands)
     _add_simulate(commands)
     _add_train(commands)
+    _add_distill(commands)
     _add_forecast(commands)
     _add_ledger(commands)
 
@@ -52,11 +53,7 @@ def _add_simulate(commands: Subparsers) -> None:
 
 def _add_train(commands: Subparsers) -> None:
     parser = commands.add_parser("train", help="weights and calibration of the forecasts")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, metavar="DIR", help="tables, as simulate writes them")
-    source.add_argument("--simulate", action="store_true", help="a generated fleet")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    _add_fleet(parser)
     parser.add_argument("--preset", default="small", metavar="NAME", help="sizes of the core")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
@@ -64,6 +61,24 @@ def _add_train(commands: Subparsers) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.set_defaults(run=later("apps.maintenance.training.train"))
+
+
+def _add_fleet(parser: argparse.ArgumentParser) -> None:
+    """Add what is learned from, and where to."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, metavar="DIR", help="tables, as simulate writes them")
+    source.add_argument("--simulate", action="store_true", help="a generated fleet")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--seed", type=int, default=0, metavar="S")
+
+
+def _add_distill(commands: Subparsers) -> None:
+    parser = commands.add_parser("distill", help="an edge model from trained weights")
+    _add_fleet(parser)
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="as train writes it"
+    )
+    parser.set_defaults(run=later("apps.maintenance.training.distill"))
 
 
 def _add_forecast(commands: Subparsers) -> None:

@@ -16,7 +16,7 @@ import io
 import json
 import tarfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apps.maintenance.edge.durable import write_whole
+from apps.maintenance.edge.spread import HAZARD, LIFE, Spread
 from cluster.errors import ConfigurationError
 
 FORMAT = "trimoe-edge-bundle/1"
@@ -63,6 +64,9 @@ class BundleInfo:
         horizons_h: Hours, rising.
         alerts: When a forecast is an alert.
         accuracy: What was measured of it, by name.
+        reference: How inputs and forecasts were spread in training, by name.
+        trained_until: The end of the record it was trained on, seconds since 1970; 0 if unsaid.
+        optional: Features that may be unknown; the model sees not a number and makes do.
 
     Raises:
         ConfigurationError: A field is missing or contradicts another one.
@@ -76,6 +80,9 @@ class BundleInfo:
     horizons_h: tuple[float, ...]
     alerts: AlertRule
     accuracy: Mapping[str, float]
+    reference: Mapping[str, Spread] = field(default_factory=dict)
+    trained_until: float = 0.0
+    optional: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require(self.version >= 1, "version of 1 or more", self.version)
@@ -90,6 +97,14 @@ class BundleInfo:
             f"alerts.horizon_h of {self.horizons_h}",
             self.alerts.horizon_h,
         )
+        watched = {*self.features, HAZARD, LIFE}
+        _require(set(self.reference) <= watched, "reference of features", set(self.reference))
+        _require(set(self.optional) <= set(self.features), "optional features", self.optional)
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Features without which there is no forecast."""
+        return tuple(name for name in self.features if name not in self.optional)
 
     @property
     def width(self) -> int:
@@ -114,6 +129,9 @@ class BundleInfo:
             rule = record.pop("alerts")
             for name in ("features", "components", "horizons_h"):
                 record[name] = tuple(record[name])
+            record["optional"] = tuple(record.get("optional", ()))
+            spreads = record.pop("reference", {})
+            record["reference"] = {key: Spread.from_record(each) for key, each in spreads.items()}
             return cls(**{**record, "alerts": AlertRule(**rule)})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, ConfigurationError):

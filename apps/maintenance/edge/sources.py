@@ -1,7 +1,8 @@
 """Where windows come from: a protocol, a CSV file that grows, and this process.
 
 A window is one row: the features of one machine at one time, as the bundle names them.  A
-value that is not there is not a number; such a window is counted and left out, never filled.
+value that is not there stays absent and is never filled: where the model cannot do without
+it, the window is counted and left out.
 """
 
 import csv

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from apps.arguments import Subparsers, later
+from apps.arguments import Subparsers, later, positive
 
 SERVICE = "apps.maintenance.sync.service"
 ROLES = ("root", "targets", "snapshot", "timestamp")
@@ -17,6 +17,7 @@ def add_parser(subparsers: Subparsers) -> None:
     commands = sync.add_subparsers(dest="sync_command", required=True, metavar="COMMAND")
     _add_publish(commands)
     _add_rollout(commands)
+    _add_retrain(commands)
     serve = commands.add_parser("serve", help="repository, reports and uploads over HTTP")
     _add_fleet(serve)
     serve.add_argument("--host", default="127.0.0.1")
@@ -96,6 +97,32 @@ def _add_rollout(commands: Subparsers) -> None:
     operator.add_argument("operator", metavar="NAME")
     operator.add_argument("--key", type=Path, required=True, metavar="FILE", help="to be made")
     operator.set_defaults(run=later(SERVICE, "add_operator"))
+
+
+def _add_retrain(commands: Subparsers) -> None:
+    parser = commands.add_parser(
+        "retrain", help="look at the triggers of a group; train, sign and roll out if one asks"
+    )
+    _add_fleet(parser)
+    parser.add_argument("--group", required=True, metavar="NAME")
+    parser.add_argument(
+        "--record", type=Path, required=True, metavar="DIR", help="tables of the plant, up to now"
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="of the first deployed model"
+    )
+    parser.add_argument(
+        "--keys",
+        type=Path,
+        action="append",
+        metavar="DIR",
+        help="of role keys; may be given again; default: the bundle waits for a signature",
+    )
+    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="of a job")
+    parser.add_argument(
+        "--every", type=float, default=0.0, metavar="S", help="look again; default: once"
+    )
+    parser.set_defaults(run=later("apps.maintenance.training.retrain"))
 
 
 def _add_fleet(parser: argparse.ArgumentParser) -> None:

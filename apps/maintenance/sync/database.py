@@ -5,6 +5,8 @@ messages     what boxes uploaded, each once
 rollouts     one row per rollout, with its plan and where it stands
 assignments  which box was given which rollout, and how that ended
 stable       the bundle of each fleet group that all its boxes should run
+triggers     what asks for a new training of a group's model, and whether it does now
+retrainings  trainings that were begun, and how they ended
 audit        what was decided, by whom, in a chain of hashes; nothing in it can be changed
 """
 
@@ -25,6 +27,7 @@ CREATE TABLE IF NOT EXISTS messages (
     agent TEXT NOT NULL, seq INTEGER NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL,
     PRIMARY KEY (agent, seq)
 ) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS alerts_of_boxes ON messages (agent, seq) WHERE kind = 'alert';
 CREATE TABLE IF NOT EXISTS rollouts (
     id INTEGER PRIMARY KEY, path TEXT NOT NULL, version INTEGER NOT NULL, digest TEXT NOT NULL,
     grp TEXT NOT NULL, plan TEXT NOT NULL, status TEXT NOT NULL, stage INTEGER NOT NULL,
@@ -37,6 +40,16 @@ CREATE TABLE IF NOT EXISTS assignments (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS assignments_of_box ON assignments (agent);
 CREATE TABLE IF NOT EXISTS stable (grp TEXT PRIMARY KEY, path TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS triggers (
+    grp TEXT NOT NULL, name TEXT NOT NULL, is_active INTEGER NOT NULL, value REAL,
+    detail TEXT NOT NULL, since REAL NOT NULL, seen_at REAL NOT NULL, retraining INTEGER NOT NULL,
+    PRIMARY KEY (grp, name)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS retrainings (
+    id INTEGER PRIMARY KEY, grp TEXT NOT NULL, reasons TEXT NOT NULL, status TEXT NOT NULL,
+    detail TEXT NOT NULL, began_at REAL NOT NULL, ended_at REAL NOT NULL, version INTEGER NOT NULL,
+    rollout INTEGER NOT NULL
+);
 CREATE TABLE IF NOT EXISTS audit (
     seq INTEGER PRIMARY KEY, time REAL NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL,
     detail TEXT NOT NULL, previous TEXT NOT NULL, hash TEXT NOT NULL

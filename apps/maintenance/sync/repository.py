@@ -17,14 +17,12 @@ Source: TUF specification 1.0.33, sections 3, 4 and 6.
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from securesystemslib.signer import CryptoSigner
-from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
 from tuf.api.metadata import (
-    TOP_LEVEL_ROLE_NAMES,
     Metadata,
     MetaFile,
     Root,
@@ -36,15 +34,10 @@ from tuf.api.metadata import (
 from tuf.api.serialization.json import JSONSerializer
 
 from apps.maintenance.edge.durable import write_whole
+from apps.maintenance.sync.signing import LIFETIMES, check_keys, check_signed, first_root, sign
 from apps.maintenance.sync.trust import SIGNED_AT
 from cluster.errors import ConfigurationError
 
-LIFETIMES = {  # a box that is offline for longer trusts nothing new until it hears again
-    Root.type: timedelta(days=365),
-    Targets.type: timedelta(days=180),
-    Snapshot.type: timedelta(days=30),
-    Timestamp.type: timedelta(days=7),
-}
 _Role = TypeVar("_Role", Root, Targets, Snapshot, Timestamp)
 _HASH = "sha256"
 _SERIALIZER = JSONSerializer(compact=False)
@@ -115,13 +108,9 @@ class Repository:
             raise ConfigurationError(message)
         for sub in (metadata, folder / "targets"):
             sub.mkdir(parents=True, exist_ok=True)
-        root = Root(version=1, expires=now() + LIFETIMES[Root.type], consistent_snapshot=True)
-        for role in sorted(TOP_LEVEL_ROLE_NAMES):
-            for signer in signers[role]:
-                root.add_key(signer.public_key, role)
-            root.roles[role].threshold = thresholds[role]
+        root = first_root(signers, thresholds, now() + LIFETIMES[Root.type])
         all_signers = [signer for role in sorted(signers) for signer in signers[role]]
-        _write(metadata / "1.root.json", _sign(Metadata(root), [root], all_signers))
+        _write(metadata / "1.root.json", sign(Metadata(root), [root], all_signers))
         repository = cls(folder, all_signers, now)
         repository._write_targets(Targets())
         return repository
@@ -156,7 +145,7 @@ class Repository:
             ConfigurationError: Too few of the keys that must sign are at hand.
         """
         targets = self.targets
-        self._check_keys(Targets.type, Snapshot.type, Timestamp.type)
+        check_keys(self.root, self._signers, (Targets.type, Snapshot.type, Timestamp.type))
         for name, file in files.items():
             entry = TargetFile.from_data(name, file.data, [_HASH])
             entry.unrecognized_fields["custom"] = dict(file.custom)
@@ -213,8 +202,8 @@ class Repository:
         new.version += 1
         new.expires = self._expires(Root.type)
         self._signers = [*self._signers, *signers]
-        metadata = _sign(Metadata(new), [old, new], self._signers)
-        _check_signed(metadata, old)
+        metadata = sign(Metadata(new), [old, new], self._signers)
+        check_signed(metadata, old)
         _write(self.metadata / f"{new.version}.root.json", metadata)
         targets = self.targets
         targets.version += 1
@@ -245,18 +234,9 @@ class Repository:
         self._write_signed("timestamp.json", Metadata(timestamp))
 
     def _write_signed(self, name: str, metadata: Metadata[Any]) -> bytes:
-        signed = _sign(metadata, [self.root], self._signers)
-        _check_signed(signed, self.root)
+        signed = sign(metadata, [self.root], self._signers)
+        check_signed(signed, self.root)
         return _write(self.metadata / name, signed)
-
-    def _check_keys(self, *roles: str) -> None:
-        at_hand = {signer.public_key.keyid for signer in self._signers}
-        for role in roles:
-            needed = self.root.roles[role]
-            num = len(at_hand & set(needed.keyids))
-            if num < needed.threshold:
-                message = f"{role}: expected {needed.threshold} of its keys, got {num}"
-                raise ConfigurationError(message)
 
     def _read(self, kind: type[_Role], name: str) -> _Role:
         signed = Metadata[Any].from_bytes((self.metadata / name).read_bytes()).signed
@@ -267,31 +247,6 @@ class Repository:
 
     def _expires(self, role: str) -> datetime:
         return (self._now() + LIFETIMES[role]).replace(microsecond=0)
-
-
-def _sign(
-    metadata: Metadata[Any], roots: Sequence[Root], signers: Sequence[CryptoSigner]
-) -> Metadata[Any]:
-    """Sign with every key that one of the roots gives the role."""
-    role = metadata.signed.type
-    key_ids = {key_id for root in roots for key_id in root.roles[role].keyids}
-    for signer in signers:
-        if signer.public_key.keyid in key_ids:
-            metadata.sign(signer, append=True)
-    return metadata
-
-
-def _check_signed(metadata: Metadata[Any], root: Root) -> None:
-    role = metadata.signed.type
-    try:
-        root.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
-        if role == Root.type:
-            metadata.signed.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
-    except UnsignedMetadataError as error:
-        message = f"{role}: expected enough of its keys, got: {error}"
-        raise ConfigurationError(message) from error
-    except RepositoryError as error:
-        raise ConfigurationError(str(error)) from error
 
 
 def _write(path: Path, metadata: Metadata[Any]) -> bytes:

@@ -16,8 +16,8 @@ from apps.maintenance.sync.operators import Action, Decision, write_operator
 from apps.maintenance.sync.policy import Plan, Status
 from apps.maintenance.sync.publishing import Permit, find_offer, permit_downgrade, publish_bundle
 from apps.maintenance.sync.repository import Repository
-from apps.maintenance.sync.rollout import Rollout, Shadow
-from apps.maintenance.sync.shadow import History, run_shadow
+from apps.maintenance.sync.rollout import Rollout
+from apps.maintenance.sync.shadow import History
 from apps.maintenance.sync.sticks import export_stick
 from cluster.errors import ConfigurationError
 
@@ -65,12 +65,7 @@ def begin(args: argparse.Namespace) -> int:
     with Control(args.fleet) as control:
         repository = Repository(control.repository, [])
         offer = find_offer(repository, args.bundle)
-        in_use = control.rollouts.stable(args.group)
-        old = None
-        if in_use is not None and in_use != offer.path:
-            old = run_shadow(repository.read(in_use), history)
-        shadow = Shadow(run_shadow(repository.read(offer.path), history), old)
-        rollout = control.rollouts.begin(offer, args.group, plan, shadow)
+        rollout = control.begin_rollout(repository, offer, args.group, plan, history)
     _say(asdict(rollout))
     return 1 if rollout.status is Status.STOPPED else 0
 

@@ -18,7 +18,12 @@ from apps.maintenance.protocol import (
     metrics,
 )
 from apps.maintenance.training.azure_runs import Runs, nothing, stored
-from apps.maintenance.training.fit import class_probs
+from apps.maintenance.training.fit import class_probs, mixed
+
+EXPERTS = ("tree", "sequence")
+COLUMNS = (
+    "  h   system    macro F1 (argmax)  PR-AUC  caught  >=36 h >=40 h >=44 h  false/month (argmax)"
+)
 
 
 class PartReport:
@@ -30,7 +35,7 @@ class PartReport:
         self.rows = part.rows.take(runs.tested)
         self.hours = hours_to_failure(part.fleet.failures, self.rows, len(part.fleet.components))
         ours = runs.calibration()
-        self.caution, self.margin = ours.caution, ours.margin
+        self.caution, self.margin, self.gate = ours.caution, ours.margin, ours.gate
         kept = stored(runs.path("baseline-caution"), nothing)["caution"]
         self.baseline_caution = dict(zip(HORIZONS, kept.tolist(), strict=True))
 
@@ -40,7 +45,7 @@ class PartReport:
         seeds = [self._ours(seed, "both", "hazard") for seed in range(self.num_seeds)]
         experts = {
             name: average([self._ours(s, "both", name) for s in range(self.num_seeds)])
-            for name in ("tree", "sequence")
+            for name in EXPERTS
         }
         baseline = [self._baseline(seed) for seed in range(self.num_seeds)]
         coverage = [self.coverage(seed) for seed in range(self.num_seeds)]
@@ -81,7 +86,9 @@ class PartReport:
 
     def _ours(self, seed: int, variant: str, expert: str) -> dict[str, Any]:
         run = stored(self.runs.path(f"ours-{seed}"), nothing)
-        probs = class_probs(run[f"{expert}_{variant}"].astype(np.float32))
+        tree, sequence = (run[f"{name}_{variant}"].astype(np.float32) for name in EXPERTS)
+        hazards = {"hazard": mixed(tree, sequence, self.gate), "tree": tree, "sequence": sequence}
+        probs = class_probs(hazards[expert])
         return {
             str(h): self._judge(probs[:, i], h, self.caution[h]) for i, h in enumerate(HORIZONS)
         }
@@ -123,13 +130,18 @@ def average(values: list[Any]) -> Any:  # noqa: ANN401 - nested figures of one s
 def as_text(name: str, figures: Mapping[str, Any]) -> str:
     """Return one input's figures as a table for people."""
     note = ", case-control: precision and PR-AUC are optimistic" if figures["case_control"] else ""
-    lines = [
-        f"{name}{note}; interval coverage {figures['interval_coverage']:.3f}",
-        "  h   system    macro F1 (argmax)  PR-AUC  caught  >=36 h >=40 h >=44 h  false/month (argmax)",
-    ]
+    lines = [f"{name}{note}; interval coverage {figures['interval_coverage']:.3f}", COLUMNS]
     systems = {"ours": figures, **figures["experts"], "lightgbm": figures["baseline"]}
     for horizon in map(str, HORIZONS):
         lines += [_row(horizon, s, values["horizons"][horizon]) for s, values in systems.items()]
+    return "\n".join(lines)
+
+
+def degraded_as_text(name: str, figures: Mapping[str, Any]) -> str:
+    """Return the figures of one input with a part of it gone as a table for people."""
+    lines = [f"{name}, by the inputs that are left", COLUMNS]
+    for horizon in map(str, HORIZONS):
+        lines += [_row(horizon, v, values["horizons"][horizon]) for v, values in figures.items()]
     return "\n".join(lines)
 
 

@@ -28,10 +28,10 @@ from apps.maintenance.training.fit import (
     Examples,
     Fit,
     ask,
-    calibrate,
+    choose,
+    cross_fit_sequence,
     cross_fit_trees,
     fit_sequence,
-    install,
 )
 from apps.maintenance.training.trees import ask_trees, fit_hazard_trees
 
@@ -131,7 +131,10 @@ class Runs:
         stored(self.path("trees"), lambda: {"tree": cross_fit_trees(examples, fit)})
         tree = self.tree_answers()
         self.say(f"{name}: {examples.machine.size} rows, trees cross-fitted")
-        self.calibration(lambda: calibrate(examples, tree, fit))
+        held = stored(
+            self.path("held"), lambda: {"answers": cross_fit_sequence(examples, tree, fit)}
+        )["answers"].astype(np.float32)
+        self.calibration(lambda: choose(examples, tree, held))
         self.say(f"{name}: calibrated on held-out machines")
         for seed in missing:
             seeded = Fit(seed, self.device, self.preset, self.threads, f"{name} seed {seed}")
@@ -145,7 +148,6 @@ class Runs:
     def _ask_test(self, examples: Examples, tree: NDArray[np.float32], fit: Fit) -> Stored:
         booster = fit_hazard_trees(examples.lives, fit.seed, self.threads)
         model = fit_sequence(examples, tree, fit)
-        install(model, self.calibration())
         test = forecast_inputs(self.part.fleet, self.part.rows.take(self.tested), self.period)
         found: dict[str, NDArray[np.generic]] = {}
         for variant in VARIANTS if self.has_telemetry else VARIANTS[:1]:
@@ -153,7 +155,6 @@ class Runs:
             trees = ask_trees(booster, series.context)
             answers = ask(model, series, trees, self.device)
             found |= {
-                f"hazard_{variant}": answers.hazard,
                 f"sequence_{variant}": answers.sequence,
                 f"tree_{variant}": trees,
                 f"log_hours_{variant}": answers.log_hours,

@@ -1,6 +1,6 @@
 """Figures of the C-MAPSS evaluation from stored runs, ours beside LightGBM on the same units.
 
-A forecast of several seeds is the mean of theirs, for both.
+Figures of several seeds are the means of each seed's own, for both.
 """
 
 from collections.abc import Mapping
@@ -10,51 +10,64 @@ import numpy as np
 
 from apps.maintenance.cmapss import CAP_CYCLES, figures
 from apps.maintenance.fleet import Floats
-from apps.maintenance.intervals import covered
+from apps.maintenance.intervals import covered, widened
+from apps.maintenance.training.azure_report import average
 from apps.maintenance.training.azure_runs import nothing, stored
-from apps.maintenance.training.cmapss_runs import NUM_LIVES, LifeRuns, with_excess
+from apps.maintenance.training.cmapss_runs import LifeRuns
+from apps.maintenance.training.life_choice import with_excess
+from apps.maintenance.training.life_fit import NUM_LIVES
 
-EXPERTS = ("ours", "trees", "sequence")  # in the order of the output columns
+TREES = slice(NUM_LIVES, 2 * NUM_LIVES)  # of the task's output columns
+SEQUENCE = slice(2 * NUM_LIVES, 3 * NUM_LIVES)
+SPREAD = slice(3 * NUM_LIVES, None)
 
 
 def life_figures(runs: LifeRuns, num_seeds: int) -> dict[str, Any]:
-    """Return everything the JSON file holds."""
+    """Return everything the JSON file holds; the means are of each seed's own figures."""
     truth = stored(runs.path("truth"), nothing)["truth"].astype(np.float64)
-    chosen = runs.calibration()
-    excess, margin = float(chosen["excess"]), float(chosen["margin"])
-    outputs = [
-        stored(runs.path(f"ours-{seed}"), nothing)["outputs"].astype(np.float64)
-        for seed in range(num_seeds)
+    choice = runs.choice()
+    outputs = [_columns(runs, f"ours-{seed}", "outputs") for seed in range(num_seeds)]
+    baseline = [_columns(runs, f"baseline-{seed}", "life") for seed in range(num_seeds)]
+
+    def judge(columns: Floats, share: Floats) -> dict[str, float]:
+        tree, sequence = columns[:, TREES], columns[:, SEQUENCE]
+        lives = tree + share * (sequence - tree)
+        early_life = np.minimum(lives[:, 0], CAP_CYCLES)
+        return figures(with_excess(lives, choice.excess), early_life, truth)
+
+    def coverage(columns: Floats) -> float:
+        quantiles = widened(columns[:, SPREAD], choice.margins, CAP_CYCLES)
+        return float(covered(quantiles, truth, 0.0, CAP_CYCLES).mean())
+
+    seeds = [
+        {
+            **judge(own, choice.share),
+            "interval_coverage": coverage(own),
+            "baseline": figures(theirs, theirs, truth),
+            "experts": {
+                "trees": judge(own, np.zeros(NUM_LIVES)),
+                "sequence": judge(own, np.ones(NUM_LIVES)),
+            },
+        }
+        for own, theirs in zip(outputs, baseline, strict=True)
     ]
-    baseline = [
-        stored(runs.path(f"baseline-{seed}"), nothing)["life"].astype(np.float64)
-        for seed in range(num_seeds)
-    ]
-    together = np.mean(outputs, axis=0)
-
-    def judge(columns: Floats, expert: int = 0) -> dict[str, float]:
-        lives = columns[:, expert * NUM_LIVES : (expert + 1) * NUM_LIVES]
-        return figures(with_excess(lives, excess), np.minimum(lives[:, 0], CAP_CYCLES), truth)
-
-    def judge_baseline(life: Floats) -> dict[str, float]:
-        return figures(life, life, truth)
-
-    early = np.minimum(truth, CAP_CYCLES)
-    quantiles = together[:, len(EXPERTS) * NUM_LIVES :]
-    ours, other = judge(together), judge_baseline(np.mean(baseline, axis=0))
+    means = average(seeds)
+    other = means["baseline"]
     return {
         "subset": runs.subset,
-        **ours,
-        "baseline": other,
-        "reduction": {name: 1.0 - ours[name] / other[name] for name in ours},
-        "interval_coverage": float(covered(quantiles, early, margin, CAP_CYCLES).mean()),
-        "experts": {name: judge(together, i) for i, name in enumerate(EXPERTS) if i},
-        "excess_share": excess,
-        "seeds": [
-            {"seed": seed, **judge(own), "baseline": judge_baseline(theirs)}
-            for seed, (own, theirs) in enumerate(zip(outputs, baseline, strict=True))
-        ],
+        **means,
+        "reduction": {name: 1.0 - means[name] / other[name] for name in other},
+        "chosen": {
+            "sequence_share": choice.share.tolist(),
+            "excess_share": choice.excess,
+            "interval_margins": choice.margins.tolist(),
+        },
+        "seeds": [{"seed": seed, **values} for seed, values in enumerate(seeds)],
     }
+
+
+def _columns(runs: LifeRuns, what: str, name: str) -> Floats:
+    return stored(runs.path(what), nothing)[name].astype(np.float64)
 
 
 def as_text(found: Mapping[str, Any]) -> str:

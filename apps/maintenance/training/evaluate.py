@@ -22,6 +22,7 @@ from apps.maintenance.training import (
     cmapss_report,
     cmapss_runs,
     fit,
+    life_fit,
     trees,
 )
 from apps.maintenance.training.azure_report import PartReport
@@ -46,13 +47,14 @@ def evaluate_azure(args: argparse.Namespace, say: Callable[[str], None]) -> dict
         print(azure_report.as_text(part.name, figures[part.name]))
         if runs.has_telemetry:
             degraded[part.name] = report.degraded()
+            print(azure_report.degraded_as_text(part.name, degraded[part.name]))
     return {**figures, "degraded": degraded}
 
 
 def evaluate_cmapss(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Return the figures of one subset."""
-    facts = [cmapss_runs.SETTINGS, cmapss_runs.MOST_ROWS, cmapss_runs.FADE_CYCLES, args.preset]
-    facts += [cmapss_runs.TREES, cmapss_runs.NUM_ROUNDS, cmapss_runs.RECIPE, str(args.data)]
+    facts = [life_fit.SETTINGS, cmapss_runs.MOST_ROWS, life_fit.FADE_CYCLES, args.preset]
+    facts += [life_fit.TREES, life_fit.NUM_ROUNDS, cmapss_runs.RECIPE, str(args.data)]
     folder = work_folder(args, facts)
     runs = LifeRuns(args.data, args.subset, folder, args.device, args.preset, args.threads, say)
     runs.run(range(args.seeds))

@@ -131,6 +131,9 @@ class Answers(NamedTuple):
         return class_probs(self.hazard)
 
 
+Make = Callable[[Examples, Floats32, Fit], MoETransformer]
+
+
 def class_probs(hazards: Floats32) -> Floats:
     """Return the probabilities of the classes of each horizon [N, H, 1 + C]."""
     return first_failure(hazard_probs(hazards.reshape(-1, len(HORIZONS), NUM_COMPONENTS)))
@@ -149,9 +152,16 @@ def _tensor(array: NDArray[np.generic], device: str) -> Tensor:
 def fit_sequence(examples: Examples, tree: Floats32, fit: Fit) -> MoETransformer:
     """Train the sequence experts on rows with cross-fitted tree answers."""
     torch.manual_seed(fit.seed)
-    generator = torch.Generator().manual_seed(fit.seed)
     model = MoETransformer(PRESETS[fit.preset], [FORECAST.name]).to(fit.device)
     batch = examples.batch(tree, fit.device)
+    learn(model, batch, examples, fit)
+    rebalance_task(model, FORECAST.name, batch)
+    return model
+
+
+def learn(model: MoETransformer, batch: RaggedBatch, examples: Examples, fit: Fit) -> None:
+    """Train whatever of a model is not frozen on examples and their batch, in place."""
+    generator = torch.Generator().manual_seed(fit.seed)
     adapter = model.adapters[FORECAST.name]
     if isinstance(adapter, SeriesAdapter):
         adapter.fit_scaling(batch)
@@ -172,8 +182,6 @@ def fit_sequence(examples: Examples, tree: Floats32, fit: Fit) -> MoETransformer
     settings = _settings(fit, examples.machine.size)
     sample = WeightedSample(FORECAST.name, batch, weight_B)
     train_task(model, sample, loss, settings, generator, lambda *_: None)
-    rebalance_task(model, FORECAST.name, batch)
-    return model
 
 
 def _settings(fit: Fit, num_rows: int) -> TrainSettings:
@@ -203,11 +211,17 @@ def cross_fit_trees(examples: Examples, fit: Fit) -> Floats32:
     return cross_fit(examples.machine, NUM_HAZARDS, fold)
 
 
-def calibrate(examples: Examples, tree: Floats32, fit: Fit) -> Calibration:
-    """Choose gate, cautions and margin on machines that the models have not seen."""
+def cross_fit_sequence(
+    examples: Examples, tree: Floats32, fit: Fit, make: Make = fit_sequence
+) -> Floats32:
+    """Return sequence experts' hazards and hours of machines that they have not seen.
+
+    Returns:
+        Hazards, then quantiles of log(1 + hours left) [N, H * C + 3].
+    """
 
     def fold(kept: NDArray[np.bool_]) -> Callable[[NDArray[np.bool_]], Floats32]:
-        model = fit_sequence(examples.take(kept), tree[kept], fit)
+        model = make(examples.take(kept), tree[kept], fit)
 
         def answer(asked: NDArray[np.bool_]) -> Floats32:
             answers = ask(model, examples.take(asked).series, tree[asked], fit.device)
@@ -215,7 +229,24 @@ def calibrate(examples: Examples, tree: Floats32, fit: Fit) -> Calibration:
 
         return answer
 
-    answers = cross_fit(examples.machine, NUM_HAZARDS + 3, fold)
+    return cross_fit(examples.machine, NUM_HAZARDS + 3, fold)
+
+
+def calibrate(
+    examples: Examples, tree: Floats32, fit: Fit, make: Make = fit_sequence
+) -> Calibration:
+    """Choose gate, cautions and margin on machines that the models ``make`` makes have not seen."""
+    return choose(examples, tree, cross_fit_sequence(examples, tree, fit, make))
+
+
+def choose(examples: Examples, tree: Floats32, answers: Floats32) -> Calibration:
+    """Choose gate, cautions and margin.
+
+    Args:
+        examples: Rows [N].
+        tree: Cross-fitted hazards of the trees [N, H * C].
+        answers: As of ``cross_fit_sequence``.
+    """
     sequence, log_hours = answers[:, :NUM_HAZARDS], answers[:, NUM_HAZARDS:]
     shape = (-1, len(HORIZONS), NUM_COMPONENTS)
     hours_BC, observed_B = torch.from_numpy(examples.hours), torch.from_numpy(examples.observed)
@@ -226,19 +257,24 @@ def calibrate(examples: Examples, tree: Floats32, fit: Fit) -> Calibration:
 
     gate = fit_gate(
         torch.from_numpy(tree).view(shape), torch.from_numpy(sequence).view(shape), loss
-    )
-    share = torch.sigmoid(gate).numpy().reshape(1, -1)
-    probs = class_probs(tree + share * (sequence - tree))
+    ).numpy()
+    probs = class_probs(mixed(tree, sequence, gate))
     caution = {}
     for i, horizon in enumerate(HORIZONS):
         seen = examples.observed >= horizon
         truth = labels(examples.hours[seen], horizon)
         caution[horizon] = tune_caution(probs[seen, i], truth, CAUTIONS)
     known = ~np.isnan(examples.left)
-    margin = conformal_margin(
-        log_hours[known], np.log1p(examples.left[known]), np.log1p(LIFE_CAP_HOURS)
-    )
-    return Calibration(caution, margin, gate.numpy())
+    left, cap = np.log1p(examples.left[known]), float(np.log1p(LIFE_CAP_HOURS))
+    margin = conformal_margin(log_hours[known], left, cap, examples.machine[known])
+    return Calibration(caution, margin, gate)
+
+
+def mixed(tree: Floats32, sequence: Floats32, gate: Floats32) -> Floats32:
+    """Return the hazards of both experts under the gate, as the head mixes them [N, H * C]."""
+    share = 1.0 / (1.0 + np.exp(-gate.reshape(1, -1)))
+    hazards: Floats32 = tree + share * (sequence - tree)
+    return hazards
 
 
 def install(model: MoETransformer, calibration: Calibration) -> None:

@@ -11,21 +11,31 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from apps.maintenance.fleet import Fleet
-from apps.maintenance.inputs import LIFE_CAP_HOURS
+from apps.maintenance.inputs import LIFE_CAP_HOURS, forecast_inputs
 from apps.maintenance.protocol import HORIZONS, grid_rows
 from apps.maintenance.simulate import SimulationConfig, simulate
 from apps.maintenance.splits import Part
 from apps.maintenance.tables import read_fleet
 from apps.maintenance.training.azure_report import PartReport, as_text
-from apps.maintenance.training.azure_runs import Runs
-from apps.maintenance.training.fit import Fit, fit_sequence, install
-from apps.maintenance.training.trees import fit_hazard_trees, to_ensemble
+from apps.maintenance.training.azure_runs import Runs, stored
+from apps.maintenance.training.fit import (
+    Fit,
+    ask,
+    calibrate,
+    cross_fit_trees,
+    fit_sequence,
+    install,
+)
+from apps.maintenance.training.trees import ask_trees, fit_hazard_trees, to_ensemble
 from core_model.checkpoint import save_checkpoint
 from core_model.series import SeriesAdapter
 from core_model.series_tasks import FORECAST
@@ -43,7 +53,7 @@ def training_part(fleet: Fleet) -> Part:
     )
 
 
-def _source(args: argparse.Namespace) -> tuple[Fleet, str]:
+def fleet_of(args: argparse.Namespace) -> tuple[Fleet, str]:
     """Return the fleet and where it comes from, in words for the manifest."""
     if args.simulate:
         config = SimulationConfig(seed=args.seed)
@@ -51,40 +61,111 @@ def _source(args: argparse.Namespace) -> tuple[Fleet, str]:
     return read_fleet(args.data), f"folder {args.data.name}"
 
 
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What to train on, and where it goes.
+
+    Args:
+        part: Rows and their split; the test is reported on and not trained on.
+        out: Folder of the checkpoint.
+        work: Folder of finished parts, which are reused.
+        seed: Of everything.
+        preset: Sizes of the shared core.
+        device: Of the model.
+        source: Where the record comes from, in words for the manifest.
+        command: What made the checkpoint, likewise.
+    """
+
+    part: Part
+    out: Path
+    work: Path
+    seed: int
+    preset: str
+    device: str
+    source: str
+    command: str
+
+
 def main(args: argparse.Namespace) -> int:
     """Train, report on the held-out end of the record, save checkpoint and calibration."""
     started = time.monotonic()
-    torch.set_num_threads(1)
-    fleet, source = _source(args)
-    work = args.work or args.out / "work"
-    work.mkdir(parents=True, exist_ok=True)
 
     def say(text: str) -> None:
         print(f"[{time.monotonic() - started:5.0f} s] {text}", file=sys.stderr)
 
+    fleet, source = fleet_of(args)
+    flag = "--simulate" if args.simulate else f"--data {args.data.name}"
+    command = f"trimoe maintenance train {flag} --preset {args.preset} --seed {args.seed}"
+    recipe = Recipe(
+        part=training_part(fleet),
+        out=args.out,
+        work=args.work or args.out / "work",
+        seed=args.seed,
+        preset=args.preset,
+        device=args.device,
+        source=source,
+        command=f"{command} --out {args.out.name}",
+    )
+    figures = train_part(recipe, say)
+    print(json.dumps({"version": _version(args.seed), **_headline(figures)}))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def train_part(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any]:
+    """Write checkpoint and calibration; return the figures of the part's test."""
+    torch.set_num_threads(1)
+    part, seed = recipe.part, recipe.seed
+    work = recipe.work / f"{recipe.preset}-{seed}"
+    work.mkdir(parents=True, exist_ok=True)
     threads = len(os.sched_getaffinity(0))
-    runs = Runs(training_part(fleet), work, args.device, args.preset, threads, say)
+    runs = Runs(part, work, recipe.device, recipe.preset, threads, say)
     runs.run_baseline(range(1))
-    runs.run_ours(range(1))
+    examples = runs.examples()
+    fit = Fit(seed, recipe.device, recipe.preset, threads, "weights")
+    stored(runs.path("trees"), lambda: {"tree": cross_fit_trees(examples, fit)})
+    say(f"{examples.machine.size} rows, trees cross-fitted")
+    tree = runs.tree_answers()
+    calibration = runs.calibration(lambda: calibrate(examples, tree, fit))
+    say("calibrated on held-out machines")
+    model = fit_sequence(examples, tree, fit)
+    install(model, calibration)
+    booster = fit_hazard_trees(examples.lives, seed, threads)
+    test = forecast_inputs(part.fleet, part.rows.take(runs.tested), runs.period)
+    trees = ask_trees(booster, test.context)
+    answers = ask(model, test, trees, recipe.device)
+    found = {"sequence_both": answers.sequence, "tree_both": trees}
+    stored(runs.path("ours-0"), lambda: {**found, "log_hours_both": answers.log_hours})
     figures = PartReport(runs, 1).figures()
     print(as_text("held-out end of the record", figures))
-    examples, calibration = runs.examples(), runs.calibration()
-    fit = Fit(args.seed, args.device, args.preset, threads, "weights")
-    model = fit_sequence(examples, runs.tree_answers(), fit)
-    install(model, calibration)
     adapter = model.cpu().adapters[FORECAST.name]
     if isinstance(adapter, SeriesAdapter):
-        adapter.set_ensemble(to_ensemble(fit_hazard_trees(examples.lives, args.seed, threads)))
-    flag = "--simulate" if args.simulate else f"--data {args.data.name}"
-    manifest = save_checkpoint(
-        args.out,
+        adapter.set_ensemble(to_ensemble(booster))
+    save_checkpoint(
+        recipe.out,
         model,
-        version=f"forecast-{args.seed + 1}",
-        data=source,
+        version=_version(seed),
+        data=recipe.source,
         metrics=_headline(figures),
-        command=f"trimoe maintenance train {flag} --seed {args.seed} --out {args.out.name}",
+        command=recipe.command,
     )
-    chosen = {
+    text = json.dumps(_chosen(part.fleet, runs, figures), indent=2) + "\n"
+    (recipe.out / CALIBRATION).write_text(text, encoding="utf-8")
+    return figures
+
+
+def _version(seed: int) -> str:
+    return f"forecast-{seed + 1}"
+
+
+def _chosen(fleet: Fleet, runs: Runs, figures: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``calibration.json`` holds."""
+    calibration = runs.calibration()
+    usual = np.zeros(len(fleet.sensors))
+    if runs.has_telemetry:
+        usual = np.nanmean(fleet.telemetry, axis=(0, 1))
+    return {
         "caution": {str(h): calibration.caution[h] for h in HORIZONS},
         "interval_margin": calibration.margin,
         "life_cap_hours": LIFE_CAP_HOURS,
@@ -93,14 +174,8 @@ def main(args: argparse.Namespace) -> int:
         "sensors": list(fleet.sensors),
         "errors": list(fleet.error_names),
         "held_out": {str(h): figures["horizons"][str(h)] for h in HORIZONS},
-        "usual": np.nanmean(fleet.telemetry, axis=(0, 1)).round(4).tolist(),
+        "usual": usual.round(4).tolist(),
     }
-    text = json.dumps(chosen, indent=2) + "\n"
-    (args.out / CALIBRATION).write_text(text, encoding="utf-8")
-    print(json.dumps({"version": manifest.version, **_headline(figures)}))
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return 0
 
 
 def _headline(figures: dict[str, Any]) -> dict[str, float]:

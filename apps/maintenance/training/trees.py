@@ -102,10 +102,16 @@ def cross_fit(
         groups: Machine or engine of each row [N].
         width: Columns of an answer.
         fit: Mask of rows to learn from -> (mask of rows to answer -> answers).
+
+    Raises:
+        ValueError: There are fewer groups than folds.
     """
+    names, position = np.unique(groups, return_inverse=True)
+    if names.size < NUM_FOLDS:
+        message = f"training: expected at least {NUM_FOLDS} machines or units, got {names.size}"
+        raise ValueError(message)
     answers = np.zeros((groups.size, width), np.float32)
     for fold in range(NUM_FOLDS):
-        held_out = groups % NUM_FOLDS == fold
-        if held_out.any():
-            answers[held_out] = fit(~held_out)(held_out)
+        held_out = position % NUM_FOLDS == fold
+        answers[held_out] = fit(~held_out)(held_out)
     return answers

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -158,11 +159,27 @@ def database(tmp_path: Path) -> Iterator[Database]:
         yield found
 
 
-@pytest.fixture
-def plant(tmp_path: Path) -> Iterator[Plant]:
-    """Four boxes on version 1, confirmed."""
-    found = Plant(tmp_path, 4)
+@contextmanager
+def running(folder: Path) -> Iterator[Plant]:
+    """Run four boxes on version 1, confirmed, and their platform."""
+    found = Plant(folder, 4)
     with serving(found.app()) as url:
         found.open(url)
         yield found
     found.close()
+
+
+@pytest.fixture
+def plant(tmp_path: Path) -> Iterator[Plant]:
+    """A plant that a test may change."""
+    with running(tmp_path) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def alerting_plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
+    """A plant with two open alerts, of machine ``press-0a``, that no test changes."""
+    with running(tmp_path_factory.mktemp("plant")) as found:
+        found.turn(wear={0: 0.9})
+        found.turn(wear={0: 0.9})
+        yield found

@@ -2,17 +2,24 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from apps.console.bundles import Bundles
 from apps.console.drift import NUM, Drift, psi
 from apps.console.index import MessageIndex
 from apps.console.ledger import read_ledger
+from apps.maintenance.edge.bundle import GOLDEN, INFO, MODEL, BundleInfo, pack, unpack
+from apps.maintenance.edge.spread import Spread
 from apps.maintenance.sync.boxes import list_boxes, save_messages
 from apps.maintenance.sync.database import Database
+from apps.maintenance.sync.publishing import publish_bundle
+from benchmarks.edge_models import make_bundle
+from benchmarks.edge_rig import SignedFolder
 from cluster.errors import ConfigurationError
 
 LEDGER: Mapping[str, Any] = {
@@ -57,8 +64,8 @@ def forecasts(first: int, num: int, low: float) -> list[dict[str, Any]]:
     ]
 
 
-def test_drift_is_measured_anew_as_forecasts_come_in(database: Database) -> None:
-    index, drift = MessageIndex(database), Drift(database)
+def test_drift_is_measured_anew_as_forecasts_come_in(database: Database, tmp_path: Path) -> None:
+    index, drift = MessageIndex(database), Drift(database, Bundles(tmp_path))
 
     def verdicts() -> dict[str, tuple[str, int]]:
         index.catch_up()
@@ -72,6 +79,26 @@ def test_drift_is_measured_anew_as_forecasts_come_in(database: Database) -> None
     save_messages(database, "a", forecasts(2 * NUM + 1, NUM, 0.4))
     assert verdicts()["a"] == ("drifted", 3 * NUM)
     assert list(verdicts()) == ["a", "b"]  # largest first
+
+
+def test_windows_are_measured_against_the_training_of_their_model(
+    database: Database, tmp_path: Path
+) -> None:
+    MessageIndex(database)
+    signed = SignedFolder(tmp_path / "repository")
+    files = unpack(make_bundle(1))
+    reference = {name: Spread.of(np.linspace(0, 1, 1001)) for name in ("wear", "load")}
+    info = replace(BundleInfo.from_json(files[INFO]), reference=reference)
+    publish_bundle(signed.repository, pack(info, files[GOLDEN], files[MODEL]))
+    drift = Drift(database, Bundles(signed.folder))
+    even, moved = [50] * 10 + [0], [0] * 9 + [500, 0]
+    counts = {"version": info.name, "windows": 500, "counts": {"wear": even, "load": moved}}
+    boxes = [replace(box, facts={"drift": counts}) for box in list_boxes(database, 1.0)[:1]]
+    (found,) = drift.view(boxes)
+    assert (found["training"]["name"], found["training"]["windows"]) == ("load", 500)
+    assert found["training"]["psi"] > 1
+    silent = replace(boxes[0], facts={"drift": {**counts, "version": "forecast-both-9"}})
+    assert drift.view([silent])[0]["training"] is None
 
 
 def test_the_ledger_is_read(tmp_path: Path) -> None:

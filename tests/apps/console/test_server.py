@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from apps.console.server import PAGES
+from apps.maintenance.sync.triggers import Reading, Trigger
 from tests.apps.console.conftest import Plant
 
 ALERTING = {0: 0.9}
@@ -54,9 +55,9 @@ def acknowledge(
     return ask(plant, path, body, headers if headers is not None else own(plant))
 
 
-def test_every_page_is_strict(plant: Plant) -> None:
+def test_every_page_is_strict(alerting_plant: Plant) -> None:
     for path in ("", *PAGES, "static/app.js", "static/console.css", "static/icon.svg"):
-        status, text, headers = ask(plant, f"/console/{path}")
+        status, text, headers = ask(alerting_plant, f"/console/{path}")
         assert status == 200
         policy = headers["Content-Security-Policy"]
         assert "default-src 'none'" in policy
@@ -149,20 +150,17 @@ def test_an_alert_is_acknowledged_once_and_for_good(plant: Plant) -> None:
         {"Sec-Fetch-Site": "same-origin", "Origin": "http://evil.example"},
     ],
 )
-def test_another_origin_changes_nothing(plant: Plant, headers: Mapping[str, str]) -> None:
-    plant.turn(wear=ALERTING)
-    plant.turn(wear=ALERTING)
-    seq = ask(plant, "/console/api/alerts")[1]["open"][0]["seq"]
+def test_another_origin_changes_nothing(alerting_plant: Plant, headers: Mapping[str, str]) -> None:
+    seq = ask(alerting_plant, "/console/api/alerts")[1]["open"][0]["seq"]
     given = {"Content-Type": "application/json", **headers}
-    status, refusal, _ = acknowledge(plant, seq, "Mallory", given)
+    status, refusal, _ = acknowledge(alerting_plant, seq, "Mallory", given)
     assert status == 403
     assert refusal["message"].startswith("origin: expected a request of this console")
-    assert ask(plant, "/console/api/alerts")[1]["num_open_alerts"] == 2
+    assert ask(alerting_plant, "/console/api/alerts")[1]["num_open_alerts"] == 2
 
 
-def test_what_cannot_be_acknowledged(plant: Plant) -> None:
-    plant.turn(wear=ALERTING)
-    plant.turn(wear=ALERTING)
+def test_what_cannot_be_acknowledged(alerting_plant: Plant) -> None:
+    plant = alerting_plant
     waiting = ask(plant, "/console/api/alerts")[1]["open"]
     seq = waiting[0]["seq"]
     for name in ("", "  ", "x" * 65, "a\nb", None, 5):
@@ -189,8 +187,8 @@ def test_what_cannot_be_acknowledged(plant: Plant) -> None:
         ("/console/static/../server.py", 404),
     ],
 )
-def test_errors_are_one_line(plant: Plant, path: str, status: int) -> None:
-    found, body, _ = ask(plant, path)
+def test_errors_are_one_line(alerting_plant: Plant, path: str, status: int) -> None:
+    found, body, _ = ask(alerting_plant, path)
     assert found == status
     assert body["message"]
     assert "\n" not in body["message"]
@@ -219,6 +217,17 @@ def test_rollouts_drift_ledger_and_audit(plant: Plant) -> None:
     assert found["entries"][0]["action"] == "awaiting_approval"
 
 
+def test_triggers_and_what_they_led_to_stand_beside_the_drift(plant: Plant) -> None:
+    _, found, _ = ask(plant, "/console/api/drift")
+    assert (found["triggers"], found["retrainings"]) == ([], [])
+    readings = {Trigger.DRIFT: Reading(0.3, "load, 900 windows")}
+    plant.control.retrainings.look("another", readings)
+    _, found, _ = ask(plant, "/console/api/drift")
+    (trigger,), (retraining,) = found["triggers"], found["retrainings"]
+    assert (trigger["is_active"], trigger["raise_at"], trigger["unit"]) == (True, 0.25, "PSI")
+    assert (retraining["state"], retraining["reasons"]) == ("running", ["drift"])
+
+
 def test_a_broken_chain_is_said(plant: Plant) -> None:
     with plant.control.database.transaction() as db:
         db.execute("DROP TRIGGER audit_is_final")
@@ -228,11 +237,12 @@ def test_a_broken_chain_is_said(plant: Plant) -> None:
     assert "entry 2 does not follow" in found["broken"]
 
 
-def test_the_root_leads_to_the_console(plant: Plant) -> None:
-    status, _, headers = ask(plant, "/")
+def test_the_root_leads_to_the_console(alerting_plant: Plant) -> None:
+    status, _, headers = ask(alerting_plant, "/")
     assert (status, headers["Location"]) == (307, "console/")
 
 
+@pytest.mark.slow
 def test_the_command_serves_it(plant: Plant) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -45,10 +45,22 @@ def test_the_margin_makes_held_out_intervals_hold_as_often_as_they_say() -> None
     centre = rng.uniform(1.0, 3.0, 4000)
     quantiles = np.stack([centre - 0.1, centre, centre + 0.1], axis=1)
     truth = centre + rng.normal(0.0, 1.0, 4000)
-    margin = conformal_margin(quantiles[:2000], truth[:2000], cap=100.0)
+    margin = conformal_margin(quantiles[:2000], truth[:2000], 100.0, np.arange(2000))
     held = covered(quantiles[2000:], truth[2000:], margin, 100.0).mean()
     assert held == pytest.approx(COVERAGE, abs=0.02)
     assert covered(quantiles[2000:], truth[2000:], 0.0, 100.0).mean() < 0.2
+
+
+def test_each_unit_counts_once_however_many_rows_it_has() -> None:
+    rng = np.random.default_rng(3)
+    wrong = rng.exponential(1.0, 400)  # all rows of a unit are wrong by as much
+    rows = np.where(wrong < 1.0, 50, 2)  # those that are hard to tell have few
+    unit = np.repeat(np.arange(400), rows)
+    quantiles = np.zeros((unit.size, 3))
+    margin = conformal_margin(quantiles, wrong[unit], np.inf, unit)
+    assert np.mean(wrong <= margin) == pytest.approx(COVERAGE, abs=0.01)
+    alone = conformal_margin(quantiles, wrong[unit], np.inf, np.arange(unit.size))
+    assert np.mean(wrong <= alone) < 0.75
 
 
 def test_an_interval_that_reaches_the_cap_is_open() -> None:

@@ -343,3 +343,15 @@ def replace_regime(history: History) -> History:
     is_day = (history.hour % 200 >= 20) & (history.hour % 200 < 44)
     features[:, list(history.names).index("regime")] = np.where(is_day, 1.0, 0.0)
     return replace(history, features=features)
+
+
+@pytest.mark.parametrize(
+    ("false_old", "caught_new", "is_refused"),
+    [(4.0, 0.7, False), (4.0, 0.4, True), (0.9, 0.7, True), (0.04, 0.9, True)],
+)
+def test_warnings_that_were_bought_with_false_alarms_set_no_standard(
+    false_old: float, caught_new: float, *, is_refused: bool
+) -> None:
+    old = ShadowFigures(30, 0.96, 46.0, false_old)
+    new = ShadowFigures(30, caught_new, 37.0, min(0.6, false_old))
+    assert bool(ShadowLimits().objection(new, old)) == is_refused
