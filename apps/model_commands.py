@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+from apps.arguments import Subparsers, count, later
 from cluster.errors import ConfigurationError, UnknownModelError
 from cluster.registry import Registry
 from cluster.report import fetch_report
 from cluster.versions import Aliases, Gate
 
-Subparsers = Any  # argparse keeps the type of add_subparsers() private
+PRESETS = ("tiny", "small", "base", "large", "deepseek-v3")  # of the shared core
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -29,6 +30,13 @@ def add_parser(subparsers: Subparsers) -> None:
     show = actions.add_parser("show", help="the manifest of one version")
     show.add_argument("name", help="name or version")
     show.set_defaults(run=run_show)
+
+    size = actions.add_parser("size", help="parameters of a preset, in total and active per token")
+    size.add_argument("preset", choices=PRESETS)
+    size.add_argument(
+        "--vocabulary", type=count, default=0, metavar="N", help="tokens; 0: no vocabulary"
+    )
+    size.set_defaults(run=later("core_model.size"))
 
     trial = actions.add_parser("trial", help="try a version beside the stable one")
     trial.add_argument("name", help="name or version")

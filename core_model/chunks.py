@@ -50,13 +50,13 @@ class LongSequence:
         self._model = model
         self._branch_TD = encoded.tokens_TD
         num_tokens, config = encoded.tokens_TD.shape[0], model.config
-        shape = (num_tokens, 3, config.num_heads, config.d_model // config.num_heads)
+        shape = (num_tokens, 3, config.num_heads, config.d_head)
         rooms = (encoded.tokens_TD.new_empty(shape) for _ in range(2))
         self._read, self._written = (LayerInput(room, encoded.pattern) for room in rooms)
         self._residual_TD = torch.empty_like(encoded.tokens_TD)
         self.tokens_TD = torch.empty_like(encoded.tokens_TD)
         self.experts_LTK = torch.empty(
-            (config.num_layers, num_tokens, config.num_chosen),
+            (config.num_moe_layers, num_tokens, config.num_chosen),
             dtype=torch.int32,
             device=encoded.tokens_TD.device,
         )
@@ -96,18 +96,21 @@ class LongSequence:
         """Norm and projection; what the layer's attention will read is complete after all chunks."""
         block = cast("Block", self._model.blocks[layer])
         x_nD, residual_nD = add_rmsnorm(branch_nD, residual_nD, block.attention_norm, block.eps)
-        self._written.put(chunk, block.attention.project(x_nD))
+        position_n = torch.arange(chunk.start, chunk.stop, device=x_nD.device)
+        self._written.put(chunk, block.attention.project(x_nD, position_n))
         self._residual_TD[chunk] = residual_nD
 
     def _finish_layer(self, layer: int, chunk: slice) -> tuple[Tensor, Tensor]:
         """Attention and experts of a layer for one chunk; return branch and residual."""
         block = cast("Block", self._model.blocks[layer])
         mixed_nHd = self._read.attend(chunk)
-        branch_nD = functional.linear(mixed_nHd.flatten(1), block.attention.out)
+        branch_nD = block.attention.merge(mixed_nHd)
         x_nD, residual_nD = add_rmsnorm(
             branch_nD, self._residual_TD[chunk], block.moe_norm, block.eps
         )
-        branch_nD, self.experts_LTK[layer, chunk] = block.moe(x_nD)
+        branch_nD, experts_nK = block.moe(x_nD)
+        if experts_nK is not None:
+            self.experts_LTK[layer - self._model.config.dense_layers, chunk] = experts_nK
         return branch_nD, residual_nD
 
 

@@ -3,17 +3,18 @@
 One call is one step: sequences of several tasks run side by side through the same
 blocks, packed end to end.
 
-Legend: T tokens, L layers, K chosen experts.
+Legend: T tokens, L layers with routed experts, K chosen experts.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from core_model.blocks import Block
 from core_model.config import MoEConfig
+from core_model.moe import MoELayer
 from core_model.packing import Encoded, RaggedBatch, SpanGroup, concat_cu_seqlens, merge_groups
 from core_model.tasks import TaskSpec, registered_tasks
 from kernels.attention import FULL, AttentionPattern
@@ -25,7 +26,7 @@ class StepOutput(NamedTuple):
 
     Args:
         outputs: Per task: output rows [R_out, D_out] and their offsets int32 [B+1].
-        experts_LTK: The experts that each token chose in each layer, int32 [L, T, K].
+        experts_LTK: The experts that each token chose in each layer that has any, int32 [L, T, K].
         cu_tokens: Token offsets of all sequences, tasks in the order given, int32 [sum B + 1].
     """
 
@@ -59,10 +60,19 @@ class MoETransformer(nn.Module):
             raise ValueError(message)
         self.config = config
         self.adapters = nn.ModuleDict({t: registry[t].build_adapter(config) for t in tasks})
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(
+            Block(config, is_dense=layer < config.dense_layers)
+            for layer in range(config.num_layers)
+        )
         self.final_norm = nn.Parameter(torch.ones(config.d_model))
         self.heads = nn.ModuleDict({t: registry[t].build_head(config) for t in tasks})
         self.graphs: BlockRunner | None = None
+
+    @property
+    def moe_layers(self) -> Sequence[MoELayer]:
+        """The layers with routed experts, lowest first."""
+        layers = (cast("Block", block).moe for block in self.blocks)
+        return [layer for layer in layers if isinstance(layer, MoELayer)]
 
     @property
     def patterns(self) -> frozenset[AttentionPattern]:
@@ -107,6 +117,7 @@ class MoETransformer(nn.Module):
         chosen = []
         for block in self.blocks:
             branch_TD, residual_TD, experts_TK = block(branch_TD, residual_TD, groups, num_valid)
-            chosen.append(experts_TK)
+            if experts_TK is not None:
+                chosen.append(experts_TK)
         normed_TD, _ = add_rmsnorm(branch_TD, residual_TD, self.final_norm, self.config.rms_eps)
         return normed_TD, torch.stack(chosen)

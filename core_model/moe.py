@@ -1,4 +1,4 @@
-"""The mixture-of-experts feed-forward layer: router, routed experts, one shared expert.
+"""The feed-forward layers: a mixture of routed experts and a shared one, or the latter alone.
 
 Scores are sigmoids; a bias that no gradient touches is added for the selection
 only, and the weights come from the unbiased scores (DeepSeek-V3, arXiv:2412.19437,
@@ -22,8 +22,26 @@ def init_weight(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(shape) * fan_in**-0.5)
 
 
+def _swiglu(x_TD: Tensor, gate_up_GD: Tensor, down_DF: Tensor) -> Tensor:
+    gate_TF, up_TF = functional.linear(x_TD, gate_up_GD).chunk(2, dim=-1)
+    return functional.linear(functional.silu(gate_TF) * up_TF, down_DF)
+
+
+class DenseLayer(nn.Module):
+    """x -> shared(x): the layer of a block without routed experts."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.shared_gate_up = init_weight((2 * config.d_dense, config.d_model), config.d_model)
+        self.shared_down = init_weight((config.d_model, config.d_dense), config.d_dense)
+
+    def forward(self, x_TD: Tensor, num_valid: Tensor | None = None) -> tuple[Tensor, None]:
+        """Return the layer's output [T, D], and no experts; idle tokens are computed too."""
+        return _swiglu(x_TD, self.shared_gate_up, self.shared_down), None
+
+
 class MoELayer(nn.Module):
-    """x -> shared(x) + sum over the chosen experts of weight * expert(x)."""
+    """x -> shared(x) + scale * sum over the chosen experts of weight * expert(x)."""
 
     expert_bias: Tensor
 
@@ -31,6 +49,8 @@ class MoELayer(nn.Module):
         super().__init__()
         d, f, e = config.d_model, config.d_expert, config.num_experts
         self.num_chosen = config.num_chosen
+        self.num_groups, self.chosen_groups = config.num_groups, config.chosen_groups
+        self.routed_scale = config.routed_scale
         self.router = init_weight((e, d), d)
         self.register_buffer("expert_bias", torch.zeros(e))
         self.gate_up = init_weight((e, 2 * f, d), d)
@@ -48,11 +68,15 @@ class MoELayer(nn.Module):
         ``num_valid`` (see ``route``) keeps idle tokens away from the experts.
         """
         routing = route(
-            self.router_logits(x_TD), self.expert_bias, self.num_chosen, num_valid=num_valid
+            self.router_logits(x_TD),
+            self.expert_bias,
+            self.num_chosen,
+            num_groups=self.num_groups,
+            chosen_groups=self.chosen_groups,
+            num_valid=num_valid,
         )
         rows_RD = permute(x_TD, routing.tokens_R)
         rows_RD = grouped_ffn(rows_RD, self.gate_up, self.down, routing)
         routed_TD = combine(rows_RD, routing.weights_TK, routing.rows_TK)
-        gate_TF, up_TF = functional.linear(x_TD, self.shared_gate_up).chunk(2, dim=-1)
-        shared_TD = functional.linear(functional.silu(gate_TF) * up_TF, self.shared_down)
-        return shared_TD + routed_TD, routing.experts_TK
+        shared_TD = _swiglu(x_TD, self.shared_gate_up, self.shared_down)
+        return torch.add(shared_TD, routed_TD, alpha=self.routed_scale), routing.experts_TK

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core_model.balance import expert_load, move_bias, rebalance
+from core_model.balance import BalanceLoss, expert_load, move_bias, rebalance
 from core_model.model import MoETransformer, StepOutput
 from core_model.packing import RaggedBatch, take_sequences
 
@@ -36,6 +36,7 @@ class TrainSettings:
         average_from: Share of the run after which weights are averaged.
         average_decay: Decay of the weight average per step.
         bias_rate: Step of the selection bias per update, falling linearly to 0.
+        balance_loss: Weight of the auxiliary loss that balances in the place of the bias, if any.
     """
 
     epochs: int = 5
@@ -45,6 +46,7 @@ class TrainSettings:
     average_from: float = 0.6
     average_decay: float = 0.99
     bias_rate: float = 0.02
+    balance_loss: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +131,12 @@ def _optimizer(
 
 def weighted_load(step: StepOutput, weights_B: Tensor, num_experts: int) -> Tensor:
     """Return the expert load of a step with each token weighted as its sequence, [L, E]."""
+    return expert_load(step.experts_LTK, num_experts, _token_weights(step, weights_B))
+
+
+def _token_weights(step: StepOutput, weights_B: Tensor) -> Tensor:
     counts = (step.cu_tokens[1:] - step.cu_tokens[:-1]).long()
-    return expert_load(step.experts_LTK, num_experts, torch.repeat_interleave(weights_B, counts))
+    return torch.repeat_interleave(weights_B, counts)
 
 
 def _draws(
@@ -174,20 +180,23 @@ def train_task(
     optimizer, schedule = _optimizer(model, settings, steps)
     average = WeightAverage(model, settings.average_decay)
     model.train()
-    for step, chosen in enumerate(_draws(sample, settings, generator)):
-        output = model({sample.task: take_sequences(sample.batch, chosen)})
-        value = loss(output.outputs[sample.task][0], chosen)
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        load_LE = weighted_load(output, sample.weights_B[chosen], model.config.num_experts)
-        move_bias(model, load_LE, settings.bias_rate * (1.0 - step / steps))
-        if step >= settings.average_from * steps:
-            average.update()
-        if step % 20 == 0:
-            progress(step, steps, float(value.detach()))
+    with BalanceLoss(model, settings.balance_loss) as balance:
+        for step, chosen in enumerate(_draws(sample, settings, generator)):
+            output = model({sample.task: take_sequences(sample.batch, chosen)})
+            value = loss(output.outputs[sample.task][0], chosen)
+            weights_B = sample.weights_B[chosen]
+            optimizer.zero_grad(set_to_none=True)
+            (value + balance.take(_token_weights(output, weights_B))).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if settings.balance_loss == 0.0:
+                load_LE = weighted_load(output, weights_B, model.config.num_experts)
+                move_bias(model, load_LE, settings.bias_rate * (1.0 - step / steps))
+            if step >= settings.average_from * steps:
+                average.update()
+            if step % 20 == 0:
+                progress(step, steps, float(value.detach()))
     average.install()
     model.eval()
 

@@ -3,10 +3,11 @@
 One call gives everything behind it: gate weights for ``combine``, the row order for
 ``permute``, the tile map for ``grouped_ffn`` and the load of each expert.
 
-Covered: sigmoid scores, selection bias, top-k, no dropped token.  Not covered: expert
-groups, capacity.
+Covered: sigmoid scores, selection bias, top-k, groups of experts, no dropped token.  Not
+covered: capacity.
 
-Legend: T tokens, E experts, K chosen experts, R routed rows (T * K), M tiles.
+Legend: T tokens, E experts, K chosen experts, R routed rows (T * K), M tiles, G groups of N
+experts, C chosen groups.
 """
 
 from typing import NamedTuple
@@ -60,6 +61,8 @@ def route(
     bias_E: Tensor,
     num_chosen: int,
     *,
+    num_groups: int = 1,
+    chosen_groups: int = 1,
     block_rows: int = 64,
     num_valid: Tensor | None = None,
     impl: Impl = "auto",
@@ -68,13 +71,19 @@ def route(
 
         s = sigmoid(logits)     chosen = the K largest of s + bias     w = s[chosen] / sum(s[chosen])
 
-    Of equal scores the lower expert wins.  A NaN score loses to every number, so a NaN
-    token still takes K rows and disturbs no other.
+    With groups, only experts of the C groups whose two largest s + bias have the greatest sums
+    can be chosen.
+
+    Of equal scores, or sums, the lower expert, or group, wins.  A NaN score loses to every
+    number, so a NaN token still takes K rows and disturbs no other; a group with fewer than two
+    numbers loses to every other.
 
     Args:
         logits_TE: Router outputs, float32, contiguous.
         bias_E: Selection bias, float32; it moves the choice, never the weights.
         num_chosen: K, from 1 to E.
+        num_groups: G, cuts the experts into runs of equal length, from 2 unless it is 1.
+        chosen_groups: C, from 1 to G; they hold at least K experts.
         block_rows: Most rows of a tile, a power of two from 16.
         num_valid: How many leading tokens are somebody's, int32 [1]; the others (of a captured
             graph that is wider than the step) take no row and weigh 0.  None = all.
@@ -88,13 +97,12 @@ def route(
         ValueError: A shape, dtype or count disagrees with the above.
 
     Source:
-        DeepSeek-V3, arXiv:2412.19437, eq. 12-16.
+        DeepSeek-V3, arXiv:2412.19437, eq. 12-16 and section 2.1.2 on node-limited routing.
     """
     check("logits_TE", logits_TE, (None, None), torch.float32)
     check("bias_E", bias_E, (logits_TE.shape[1],), torch.float32)
-    if not 1 <= num_chosen <= logits_TE.shape[1]:
-        message = f"num_chosen: expected 1 to {logits_TE.shape[1]} experts, got {num_chosen}"
-        raise ValueError(message)
+    groups = (num_groups, chosen_groups)
+    _check_counts(logits_TE.shape[1], num_chosen, *groups)
     if block_rows < 16 or block_rows & (block_rows - 1):
         message = f"block_rows: expected a power of two from 16, got {block_rows}"
         raise ValueError(message)
@@ -104,9 +112,9 @@ def route(
     if form == "triton":
         from kernels._triton.routing import launch  # noqa: PLC0415 - Triton is optional
 
-        return launch(logits_TE, bias_E, num_chosen, block_rows, num_valid)
+        return launch(logits_TE, bias_E, num_chosen, block_rows, num_valid, groups)
     choose = choose_reference if form == "reference" else _choose_torch
-    experts_TK = choose(logits_TE.detach(), bias_E.detach(), num_chosen)
+    experts_TK = choose(logits_TE.detach(), bias_E.detach(), num_chosen, *groups)
     # softmax of log-sigmoids = sigmoids over their sum, without 0 / 0
     weights_TK = functional.logsigmoid(logits_TE.gather(1, experts_TK)).softmax(dim=1)
     if num_valid is None:
@@ -123,23 +131,67 @@ def route(
     )
 
 
-def choose_reference(logits_TE: Tensor, bias_E: Tensor, num_chosen: int) -> Tensor:
+def _check_counts(num_experts: int, num_chosen: int, num_groups: int, chosen_groups: int) -> None:
+    if not 1 <= num_chosen <= num_experts:
+        message = f"num_chosen: expected 1 to {num_experts} experts, got {num_chosen}"
+        raise ValueError(message)
+    size, rest = divmod(num_experts, num_groups) if num_groups > 0 else (0, 0)
+    if rest or (size < 2 and num_groups != 1):
+        expected = f"to cut {num_experts} experts into equal runs from 2"
+        message = f"num_groups: expected {expected}, got {num_groups}"
+        raise ValueError(message)
+    if not -(-num_chosen // size) <= chosen_groups <= num_groups:
+        expected = f"{-(-num_chosen // size)} to {num_groups}"
+        message = f"chosen_groups: expected {expected}, got {chosen_groups}"
+        raise ValueError(message)
+
+
+def choose_reference(
+    logits_TE: Tensor, bias_E: Tensor, num_chosen: int, num_groups: int = 1, chosen_groups: int = 1
+) -> Tensor:
     """The selection, int64 [T, K]."""
     keys_TE = (logits_TE.sigmoid() + bias_E).nan_to_num(LOWEST, neginf=LOWEST)
+    if chosen_groups < num_groups:
+        keys_TGN = keys_TE.unflatten(1, (num_groups, -1))
+        ordered_TGN = keys_TGN.sort(dim=2, descending=True).values
+        sums_TG = 0.5 * ordered_TGN[:, :, 0] + 0.5 * ordered_TGN[:, :, 1]  # halves: no overflow
+        ranked_TG = sums_TG.sort(dim=1, descending=True, stable=True).indices
+        closed_TG = torch.zeros_like(sums_TG, dtype=torch.bool)
+        closed_TG.scatter_(1, ranked_TG[:, chosen_groups:], True)
+        keys_TE = keys_TGN.masked_fill(closed_TG.unsqueeze(2), -torch.inf).flatten(1)
     return keys_TE.sort(dim=1, descending=True, stable=True).indices[:, :num_chosen]
 
 
-def _choose_torch(logits_TE: Tensor, bias_E: Tensor, num_chosen: int) -> Tensor:
-    """K rounds of argmax, which names the first of equals and sorts nothing."""
+def _choose_torch(
+    logits_TE: Tensor, bias_E: Tensor, num_chosen: int, num_groups: int, chosen_groups: int
+) -> Tensor:
     keys_TE = (logits_TE.sigmoid() + bias_E).nan_to_num(LOWEST, neginf=LOWEST)
-    experts_TK = torch.empty(
-        logits_TE.shape[0], num_chosen, dtype=torch.int64, device=keys_TE.device
-    )
-    for k in range(num_chosen):
-        best_T1 = keys_TE.argmax(dim=1, keepdim=True)
-        experts_TK[:, k : k + 1] = best_T1
-        keys_TE.scatter_(1, best_T1, -torch.inf)
-    return experts_TK
+    return _largest(open_groups(keys_TE, num_groups, chosen_groups), num_chosen)
+
+
+def open_groups(keys_TE: Tensor, num_groups: int, chosen_groups: int) -> Tensor:
+    """Return the selection keys, finite [T, E], with -inf in the groups that are not chosen."""
+    if chosen_groups == num_groups:
+        return keys_TE
+    keys_TGN = keys_TE.unflatten(1, (num_groups, -1))
+    sums_TG = (0.5 * keys_TGN.topk(2, dim=2).values).sum(dim=2)
+    closed_TG = torch.ones_like(sums_TG, dtype=torch.bool)
+    closed_TG.scatter_(1, _largest(sums_TG, chosen_groups), False)
+    open_TGN: Tensor = keys_TGN.masked_fill(closed_TG.unsqueeze(2), -torch.inf)
+    return open_TGN.flatten(1)
+
+
+def _largest(keys_TN: Tensor, count: int) -> Tensor:
+    """Return where the largest keys are, int64 [T, count], and overwrite those keys.
+
+    Rounds of argmax, which names the first of equals and sorts nothing.
+    """
+    indices = torch.empty(keys_TN.shape[0], count, dtype=torch.int64, device=keys_TN.device)
+    for k in range(count):
+        best_T1 = keys_TN.argmax(dim=1, keepdim=True)
+        indices[:, k : k + 1] = best_T1
+        keys_TN.scatter_(1, best_T1, -torch.inf)
+    return indices
 
 
 def _lay_out(weights_TK: Tensor, experts_TK: Tensor, num_experts: int, block_rows: int) -> Routing:

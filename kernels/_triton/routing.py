@@ -4,7 +4,11 @@ The first launch chooses experts and counts them per block of tokens.  The secon
 up the counts of the blocks before its own, so the row order is the stable one of the
 reference whatever order the blocks run in.
 
-Legend: T tokens of a block, E experts, K chosen experts, B blocks, M tiles.
+Groups of experts lie in columns of their own, each padded to a power of two, so that a reshape
+parts them.
+
+Legend: T tokens of a block, E experts, K chosen experts, B blocks, M tiles, G groups of N
+experts, C chosen groups.
 """
 
 import torch
@@ -27,6 +31,34 @@ def _num_valid(valid_ptr: tl.tensor, num_tokens: tl.tensor, HAS_VALID: tl.conste
     return num_tokens
 
 
+@triton.jit
+def _open_groups(
+    key_TE: tl.tensor,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> tl.tensor:
+    """The keys with -inf in the groups that are not chosen."""
+    key_TGN = tl.reshape(key_TE, (BLOCK_T, BLOCK_G, BLOCK_N))
+    first_TG = tl.max(key_TGN, axis=2)
+    best_TG = tl.argmax(key_TGN, axis=2, tie_break_left=True)
+    is_first_TGN = tl.arange(0, BLOCK_N)[None, None, :] == best_TG[:, :, None]
+    second_TG = tl.max(tl.where(is_first_TGN, -float("inf"), key_TGN), axis=2)
+    sum_TG = 0.5 * first_TG + 0.5 * second_TG
+    group_G = tl.arange(0, BLOCK_G)
+    sum_TG = tl.where((group_G < G)[None, :], sum_TG, -float("inf"))
+    is_open_TG = tl.zeros((BLOCK_T, BLOCK_G), tl.int32)
+    for _ in tl.static_range(C):
+        best_T = tl.argmax(sum_TG, axis=1, tie_break_left=True)
+        hit_TG = group_G[None, :] == best_T[:, None]
+        is_open_TG = tl.where(hit_TG, 1, is_open_TG)
+        sum_TG = tl.where(hit_TG, -float("inf"), sum_TG)
+    key_TGN = tl.where(is_open_TG[:, :, None] > 0, key_TGN, -float("inf"))
+    return tl.reshape(key_TGN, (BLOCK_T, BLOCK_G * BLOCK_N))
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _choose_kernel(
     logits_ptr: tl.tensor,
@@ -39,25 +71,33 @@ def _choose_kernel(
     HAS_VALID: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
+    G: tl.constexpr,
+    C: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ) -> None:
     block = tl.program_id(0)
     token_T = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    expert_E = tl.arange(0, BLOCK_E)
+    BLOCK_E: tl.constexpr = BLOCK_G * BLOCK_N
+    column_E = tl.arange(0, BLOCK_E)
+    expert_E = column_E // BLOCK_N * (E // G) + column_E % BLOCK_N
+    real_E = (column_E < G * BLOCK_N) & (column_E % BLOCK_N < E // G)
     valid_T = token_T < _num_valid(valid_ptr, num_tokens, HAS_VALID)
-    inside_TE = (token_T < num_tokens)[:, None] & (expert_E < E)[None, :]
+    inside_TE = (token_T < num_tokens)[:, None] & real_E[None, :]
     offset_TE = token_T.to(tl.int64)[:, None] * E + expert_E[None, :]
     logit_TE = tl.load(logits_ptr + offset_TE, mask=inside_TE, other=0.0)
-    bias_E = tl.load(bias_ptr + expert_E, mask=expert_E < E, other=0.0)
+    bias_E = tl.load(bias_ptr + expert_E, mask=real_E, other=0.0)
 
     key_TE = tl.sigmoid(logit_TE) + bias_E[None, :]
     key_TE = tl.where(key_TE >= LOWEST_KEY, key_TE, LOWEST_KEY)  # NaN compares false
-    key_TE = tl.where((expert_E < E)[None, :], key_TE, -float("inf"))
+    key_TE = tl.where(real_E[None, :], key_TE, -float("inf"))
+    if C < G:
+        key_TE = _open_groups(key_TE, G, C, BLOCK_T, BLOCK_G, BLOCK_N)
     slot_TE = tl.full((BLOCK_T, BLOCK_E), -1, tl.int32)
     for k in tl.static_range(K):
         best_T = tl.argmax(key_TE, axis=1, tie_break_left=True)
-        hit_TE = expert_E[None, :] == best_T[:, None]
+        hit_TE = column_E[None, :] == best_T[:, None]
         slot_TE = tl.where(hit_TE, k, slot_TE)
         key_TE = tl.where(hit_TE, -float("inf"), key_TE)
     chosen_TE = (slot_TE >= 0) & inside_TE
@@ -73,7 +113,7 @@ def _choose_kernel(
     wide_expert_TE = tl.where(valid_T[:, None], wide_expert_TE, 0)
     tl.store(experts_ptr + out_TE, wide_expert_TE, mask=chosen_TE)
     count_E = tl.sum((chosen_TE & valid_T[:, None]).to(tl.int32), axis=0)
-    tl.store(counts_ptr + block * E + expert_E, count_E, mask=expert_E < E)
+    tl.store(counts_ptr + block * E + expert_E, count_E, mask=real_E)
 
 
 @triton.jit
@@ -180,15 +220,22 @@ def launch(
     num_chosen: int,
     block_rows: int,
     num_valid: Tensor | None = None,
+    groups: tuple[int, int] = (1, 1),
 ) -> Routing:
-    """Run both kernels on checked inputs; with no tokens one block still writes the map."""
+    """Run both kernels on checked inputs; with no tokens one block still writes the map.
+
+    ``groups`` are their number and how many are chosen.
+    """
     num_tokens, num_experts = logits_TE.shape
+    num_groups, chosen_groups = groups if groups[1] < groups[0] else (1, 1)
     out = _empty_routing(logits_TE, num_chosen, block_rows)
-    block_e = triton.next_power_of_2(num_experts)
+    block_g = triton.next_power_of_2(num_groups)
+    block_n = triton.next_power_of_2(num_experts // num_groups)
+    block_e = block_g * block_n
     block_t = max(8, min(MAX_BLOCK_T, TILE_ELEMENTS // block_e))
     num_blocks = max(1, triton.cdiv(num_tokens, block_t))
     counts_BE = out.load_E.new_empty(num_blocks, num_experts)
-    sizes = {"E": num_experts, "K": num_chosen, "BLOCK_T": block_t, "BLOCK_E": block_e}
+    sizes = {"E": num_experts, "K": num_chosen, "BLOCK_T": block_t}
     valid = {"HAS_VALID": num_valid is not None}
     valid_1 = out.load_E if num_valid is None else num_valid  # not read if there is none
     _choose_kernel[(num_blocks,)](
@@ -199,6 +246,10 @@ def launch(
         out.experts_TK,
         counts_BE,
         num_tokens,
+        G=num_groups,
+        C=chosen_groups,
+        BLOCK_G=block_g,
+        BLOCK_N=block_n,
         **valid,
         **sizes,
     )
@@ -216,6 +267,7 @@ def launch(
         num_blocks,
         out.tile_expert_M.numel(),
         BLOCK_ROWS=block_rows,
+        BLOCK_E=block_e,
         **valid,
         **sizes,
     )

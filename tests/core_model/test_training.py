@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import core_model.training
+from benchmarks.workload import TOKENS
 from core_model.balance import utilisation
 from core_model.builtin_tasks import FRAUD
 from core_model.config import PRESETS
@@ -133,6 +134,29 @@ def test_predictions_do_not_depend_on_the_chunks(
     assert torch.equal(load_of_pieces_LE, load_LE)
     tokens = 3 * 20
     assert load_LE.sum(dim=1).tolist() == [tokens * model.config.num_chosen] * 2
+
+
+def test_the_auxiliary_loss_balances_in_the_place_of_the_bias() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(800, 32, generator=generator) + 1.5 * torch.randn(32, generator=generator)
+    batch = RaggedBatch(rows, torch.arange(0, 801, 2, dtype=torch.int32), {})
+    skewed = WeightedSample(TOKENS.name, batch, torch.ones(400))
+    target_B = (rows[::2, 0] > rows[::2, 0].mean()).float()
+
+    def loss(outputs: Tensor, chosen: Tensor) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(outputs[:, 0], target_B[chosen])
+
+    def trained(**settings: float) -> MoETransformer:
+        torch.manual_seed(0)
+        model = MoETransformer(PRESETS["tiny"], [TOKENS.name])
+        changed = TrainSettings(epochs=10, batch_size=100, peak_lr=1e-2, **settings)
+        train_task(model, skewed, loss, changed, torch.Generator().manual_seed(0), lambda *_: None)
+        return model
+
+    by_loss, by_nothing = trained(balance_loss=1.0), trained(bias_rate=0.0)
+    levels = [utilisation(predict(m, TOKENS.name, batch)[1]).mean() for m in (by_loss, by_nothing)]
+    assert levels[0] > levels[1] + 0.1
+    assert not any(bool(layer.expert_bias.any()) for layer in by_loss.moe_layers)
 
 
 def test_a_sample_smaller_than_a_step_is_refused(sample: WeightedSample) -> None:

@@ -34,7 +34,10 @@ TARGET = GPUTarget("cuda", 90, 32)
 
 
 class Shape(NamedTuple):
-    """Sizes of one model step: tokens, model, hidden, experts, chosen, heads, head width."""
+    """Sizes of one model step: tokens, model, hidden, experts, chosen, heads, head width.
+
+    ``groups`` are those of the experts, all and chosen.
+    """
 
     tokens: int
     model: int
@@ -45,12 +48,14 @@ class Shape(NamedTuple):
     head: int
     block_rows: int
     dtype: torch.dtype = torch.bfloat16
+    groups: tuple[int, int] = (1, 1)
 
 
 SHAPES = {
     "base": Shape(800, 128, 192, 16, 2, 4, 32, 64),
     "base-float32": Shape(800, 128, 192, 16, 2, 4, 32, 64, torch.float32),
     "qwen3-30b-a3b": Shape(4096, 2048, 768, 128, 8, 32, 128, 128),
+    "deepseek-v3": Shape(4096, 7168, 2048, 256, 8, 128, 192, 128, groups=(8, 4)),
 }
 
 
@@ -111,19 +116,10 @@ def launch_all(shape: Shape) -> None:
     t, d, f, e = shape[:4]
     meta = partial(empty, dtype=shape.dtype)
     x_TD = meta(t, d)
-    routed = routing.launch(
-        meta(t, e, dtype=torch.float32),
-        meta(e, dtype=torch.float32),
-        shape.chosen,
-        shape.block_rows,
-    )
-    routing.launch(
-        meta(t, e, dtype=torch.float32),
-        meta(e, dtype=torch.float32),
-        shape.chosen,
-        shape.block_rows,
-        meta(1, dtype=torch.int32),
-    )
+    logits_TE, bias_E = empty(t, e), empty(e)
+    sizes = (shape.chosen, shape.block_rows)
+    routed = routing.launch(logits_TE, bias_E, *sizes, None, shape.groups)
+    routing.launch(logits_TE, bias_E, *sizes, meta(1, dtype=torch.int32), shape.groups)
     x_RD = permute.launch_permute(x_TD, routed.tokens_R)
     y_RD = grouped_ffn.launch(x_RD, meta(e, 2 * f, d), meta(e, d, f), routed)
     permute.launch_combine(y_RD, routed.weights_TK, routed.rows_TK)

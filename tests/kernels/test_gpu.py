@@ -76,6 +76,22 @@ def test_routing(
             assert torch.equal(getattr(got, name), getattr(want, name)), name
 
 
+@pytest.mark.parametrize("zipf", [False, True])
+@pytest.mark.parametrize(("num_experts", "groups"), [(256, (8, 4)), (15, (5, 2))])
+def test_routing_by_groups(
+    num_experts: int, groups: tuple[int, int], zipf: bool, assert_near: NearCheck
+) -> None:
+    logits_TE = draw_logits(1009, num_experts, zipf=zipf)
+    bias_E = torch.randint(-1, 2, (num_experts,), device="cuda") * 2.0
+    got, want = (
+        route(logits_TE, bias_E, 5, num_groups=groups[0], chosen_groups=groups[1], impl=impl)
+        for impl in ("triton", "reference")
+    )
+    assert_near(got.weights_TK, want.weights_TK)
+    for name in Routing._fields[1:-1]:
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("zipf", [False, True])

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -12,6 +13,14 @@ from kernels.routing import Routing, num_tiles, route
 NearCheck = Callable[[Tensor, Tensor], None]
 FORMS = get_args(Form)
 SHAPES = [(0, 4, 2), (1, 1, 1), (1, 3, 3), (37, 5, 2), (130, 16, 2), (67, 128, 8)]  # T, E, K
+GROUPED = [  # T, E, K, groups, chosen groups; sizes that are no powers of two, the last DeepSeek-V3
+    (0, 8, 2, 4, 2),
+    (1, 4, 4, 2, 2),
+    (37, 6, 2, 3, 1),
+    (41, 20, 5, 4, 2),
+    (29, 15, 7, 5, 3),
+    (13, 256, 8, 8, 4),
+]
 
 
 def assert_same(got: Routing, want: Routing, assert_near: NearCheck) -> None:
@@ -29,6 +38,14 @@ def naive_choice(logits: list[float], bias: list[float], k: int) -> tuple[list[i
     chosen = sorted(range(len(keys)), key=lambda e: (-keys[e], e))[:k]
     total = sum(scores[e] for e in chosen)
     return chosen, [scores[e] / total for e in chosen]
+
+
+def naive_open_experts(keys: list[float], num_groups: int, chosen_groups: int) -> list[int]:
+    size = len(keys) // num_groups
+    runs = [keys[g * size : (g + 1) * size] for g in range(num_groups)]
+    sums = [sum(sorted(run)[-2:]) for run in runs]
+    best = sorted(range(num_groups), key=lambda g: (-sums[g], g))[:chosen_groups]
+    return [e for e in range(len(keys)) if e // size in best]
 
 
 def test_reference_is_the_formula(assert_near: NearCheck) -> None:
@@ -157,6 +174,99 @@ def test_gradient_of_the_weights(impl: Impl) -> None:
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize(("num_chosen", "num_groups", "chosen_groups"), [(5, 4, 2), (1, 6, 3)])
+def test_reference_chooses_from_the_best_groups(
+    num_chosen: int, num_groups: int, chosen_groups: int
+) -> None:
+    logits_TE, bias_E = torch.randn(40, 24), torch.randn(24) * 0.3
+    choose = partial(route, num_groups=num_groups, chosen_groups=chosen_groups)
+    routing = choose(logits_TE, bias_E, num_chosen, impl="reference")
+    keys_TE = logits_TE.double().sigmoid() + bias_E
+    moved = 0
+    for chosen, keys in zip(routing.experts_TK.tolist(), keys_TE.tolist(), strict=True):
+        allowed = naive_open_experts(keys, num_groups, chosen_groups)
+        assert chosen == sorted(allowed, key=lambda e: (-keys[e], e))[:num_chosen]
+        moved += chosen != sorted(range(24), key=lambda e: (-keys[e], e))[:num_chosen]
+    assert moved > 0  # groups do close experts
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("shape", GROUPED, ids=str)
+def test_forms_agree_on_groups(
+    impl: Impl,
+    shape: tuple[int, int, int, int, int],
+    device: torch.device,
+    assert_near: NearCheck,
+) -> None:
+    num_tokens, num_experts, num_chosen, num_groups, chosen_groups = shape
+    logits_TE = torch.randn(num_tokens, num_experts, device=device)
+    logits_TE[num_tokens // 2 :, ::3] = torch.nan
+    logits_TE[: num_tokens // 4] = torch.nan
+    bias_E = torch.randn(num_experts, device=device) * 0.2
+    bias_E[-1] = -torch.inf
+    choose = partial(route, num_groups=num_groups, chosen_groups=chosen_groups)
+    want = choose(logits_TE, bias_E, num_chosen, impl="reference")
+    got = choose(logits_TE, bias_E, num_chosen, impl=impl)
+    assert_same(got, want, assert_near)
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_of_equal_sums_the_lower_group_wins(impl: Impl, device: torch.device) -> None:
+    logits_TE = torch.tensor(
+        [[0.0, 0.0, 1.0, -1.0, 0.0, 0.0], [60.0, 50.0, 0.0, 0.0, 70.0, 80.0]], device=device
+    )
+    bias_E = torch.zeros(6, device=device)
+    one, two = (
+        route(logits_TE, bias_E, 2, num_groups=3, chosen_groups=c, impl=impl).experts_TK.tolist()
+        for c in (1, 2)
+    )
+    assert one == [[0, 1], [0, 1]]  # sigmoid(1) + sigmoid(-1) is 2 sigmoid(0)
+    assert two == [[2, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_a_group_with_fewer_than_two_numbers_loses(impl: Impl, device: torch.device) -> None:
+    inf, nan = torch.inf, torch.nan
+    logits_TE = torch.tensor(
+        [[nan, 9.0, -9.0, -9.0], [nan, nan, nan, -9.0], [nan] * 4, [-inf, -inf, nan, 0.0]],
+        device=device,
+    )
+    bias_E = torch.zeros(4, device=device)
+    routing = route(logits_TE, bias_E, 2, num_groups=2, chosen_groups=1, impl=impl)
+    assert routing.experts_TK.tolist() == [[2, 3], [3, 2], [0, 1], [0, 1]]
+    assert routing.load_E.tolist() == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_with_all_groups_chosen_nothing_is_closed(impl: Impl, device: torch.device) -> None:
+    logits_TE, bias_E = torch.randn(23, 8, device=device), torch.zeros(8, device=device)
+    plain = route(logits_TE, bias_E, 3, impl=impl)
+    grouped = route(logits_TE, bias_E, 3, num_groups=4, chosen_groups=4, impl=impl)
+    for name in Routing._fields[:-1]:
+        assert torch.equal(getattr(grouped, name), getattr(plain, name)), name
+
+
+@pytest.mark.parametrize(
+    ("num_groups", "chosen_groups", "message"),
+    [
+        (0, 1, "num_groups: expected to cut 8 experts"),
+        (3, 1, "num_groups: expected to cut 8 experts into equal runs from 2, got 3"),
+        (8, 4, "num_groups: expected to cut 8 experts into equal runs from 2, got 8"),
+        (4, 1, "chosen_groups: expected 2 to 4, got 1"),
+        (4, 5, "chosen_groups: expected 2 to 4, got 5"),
+    ],
+)
+def test_bad_groups_are_refused(num_groups: int, chosen_groups: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        route(
+            torch.zeros(3, 8),
+            torch.zeros(8),
+            3,
+            num_groups=num_groups,
+            chosen_groups=chosen_groups,
+        )
+
+
 @pytest.mark.parametrize(("num_chosen", "block_rows"), [(0, 64), (5, 64), (2, 48), (2, 8)])
 def test_bad_counts_are_refused(num_chosen: int, block_rows: int) -> None:
     with pytest.raises(ValueError, match="expected"):
@@ -165,15 +275,21 @@ def test_bad_counts_are_refused(num_chosen: int, block_rows: int) -> None:
 
 @pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("num_valid", [0, 1, 9, 37])
+@pytest.mark.parametrize("groups", [(1, 1), (3, 2)])
 def test_idle_tokens_take_no_row_and_disturb_nobody(
-    impl: Impl, num_valid: int, device: torch.device, assert_near: NearCheck
+    impl: Impl,
+    num_valid: int,
+    groups: tuple[int, int],
+    device: torch.device,
+    assert_near: NearCheck,
 ) -> None:
-    logits_TE = torch.randn(37, 5, device=device)
+    logits_TE = torch.randn(37, 6, device=device)
     logits_TE[num_valid:] = torch.nan
-    bias_E = torch.zeros(5, device=device)
+    bias_E = torch.zeros(6, device=device)
     count = torch.tensor([num_valid], dtype=torch.int32, device=device)
-    routing = route(logits_TE, bias_E, 2, block_rows=16, num_valid=count, impl=impl)
-    alone = route(logits_TE[:num_valid].contiguous(), bias_E, 2, block_rows=16, impl=impl)
+    choose = partial(route, num_groups=groups[0], chosen_groups=groups[1], block_rows=16, impl=impl)
+    routing = choose(logits_TE, bias_E, 2, num_valid=count)
+    alone = choose(logits_TE[:num_valid].contiguous(), bias_E, 2)
     assert_near(routing.weights_TK[:num_valid], alone.weights_TK)
     assert not routing.weights_TK[num_valid:].any()
     for name in ("experts_TK", "rows_TK"):

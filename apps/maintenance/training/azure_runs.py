@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from xgboost import Booster
 
 from apps.maintenance.degrade import VARIANTS, degraded, joined
 from apps.maintenance.features import hours_to_service, service_period
@@ -34,6 +35,7 @@ from apps.maintenance.training.fit import (
     fit_sequence,
 )
 from apps.maintenance.training.trees import ask_trees, fit_hazard_trees
+from core_model.model import MoETransformer
 
 Stored = Mapping[str, NDArray[np.generic]]
 FAR_HOURS = HORIZONS[-1] + 3  # to the coming visit: beyond, nothing is about to happen
@@ -148,6 +150,10 @@ class Runs:
     def _ask_test(self, examples: Examples, tree: NDArray[np.float32], fit: Fit) -> Stored:
         booster = fit_hazard_trees(examples.lives, fit.seed, self.threads)
         model = fit_sequence(examples, tree, fit)
+        return self.ask_variants(model, booster)
+
+    def ask_variants(self, model: MoETransformer, booster: Booster) -> Stored:
+        """Return what trees and sequence experts say of the test rows, by the inputs left."""
         test = forecast_inputs(self.part.fleet, self.part.rows.take(self.tested), self.period)
         found: dict[str, NDArray[np.generic]] = {}
         for variant in VARIANTS if self.has_telemetry else VARIANTS[:1]:

@@ -27,7 +27,6 @@ from apps.maintenance.edge.bundle import (
     AlertRule,
     BundleInfo,
     encode_golden,
-    pack,
     read_info,
 )
 from apps.maintenance.edge.durable import write_whole
@@ -40,6 +39,7 @@ from apps.maintenance.training.azure_runs import Runs
 from apps.maintenance.training.cloud import Cloud
 from apps.maintenance.training.edge_report import CLOUD, Opinion, compare, edge_probs, held_rows
 from apps.maintenance.training.fit import FIRST_HAZARD, FIRST_HOURS, FIRST_SEQUENCE, class_probs
+from apps.maintenance.training.retrain_record import pack_edge
 from apps.maintenance.training.student import (
     SETTINGS,
     SHAPE,
@@ -199,8 +199,7 @@ def main(args: argparse.Namespace) -> int:
     out: Path = args.out
     distil(fleet, args.checkpoint, out, seed=args.seed, threads=threads, say=say)
     info = read_info(out)
-    packed = pack(info, *((out / name).read_bytes() for name in (GOLDEN, MODEL)))
-    write_whole(out / BUNDLE, packed)
+    write_whole(out / BUNDLE, pack_edge(out, info.version, fleet))
     size = (out / MODEL).stat().st_size
     sys.stdout.write(json.dumps({"bundle": info.name, "bytes": size, **info.accuracy}) + "\n")
     return 0

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from apps.maintenance.fleet import Fleet
-from apps.maintenance.inputs import LIFE_CAP_HOURS, forecast_inputs
+from apps.maintenance.inputs import LIFE_CAP_HOURS
 from apps.maintenance.protocol import HORIZONS, grid_rows
 from apps.maintenance.simulate import SimulationConfig, simulate
 from apps.maintenance.splits import Part
@@ -29,13 +29,12 @@ from apps.maintenance.training.azure_report import PartReport, as_text
 from apps.maintenance.training.azure_runs import Runs, stored
 from apps.maintenance.training.fit import (
     Fit,
-    ask,
     calibrate,
     cross_fit_trees,
     fit_sequence,
     install,
 )
-from apps.maintenance.training.trees import ask_trees, fit_hazard_trees, to_ensemble
+from apps.maintenance.training.trees import fit_hazard_trees, to_ensemble
 from core_model.checkpoint import save_checkpoint
 from core_model.series import SeriesAdapter
 from core_model.series_tasks import FORECAST
@@ -132,12 +131,11 @@ def train_part(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any]:
     model = fit_sequence(examples, tree, fit)
     install(model, calibration)
     booster = fit_hazard_trees(examples.lives, seed, threads)
-    test = forecast_inputs(part.fleet, part.rows.take(runs.tested), runs.period)
-    trees = ask_trees(booster, test.context)
-    answers = ask(model, test, trees, recipe.device)
-    found = {"sequence_both": answers.sequence, "tree_both": trees}
-    stored(runs.path("ours-0"), lambda: {**found, "log_hours_both": answers.log_hours})
-    figures = PartReport(runs, 1).figures()
+    stored(runs.path("ours-0"), lambda: runs.ask_variants(model, booster))
+    report = PartReport(runs, 1)
+    figures = report.figures()
+    if runs.has_telemetry:
+        figures["degraded"] = report.degraded()
     print(as_text("held-out end of the record", figures))
     adapter = model.cpu().adapters[FORECAST.name]
     if isinstance(adapter, SeriesAdapter):
@@ -174,6 +172,7 @@ def _chosen(fleet: Fleet, runs: Runs, figures: dict[str, Any]) -> dict[str, Any]
         "sensors": list(fleet.sensors),
         "errors": list(fleet.error_names),
         "held_out": {str(h): figures["horizons"][str(h)] for h in HORIZONS},
+        "degraded": figures.get("degraded", {}),
         "usual": usual.round(4).tolist(),
     }
 
