@@ -184,7 +184,8 @@ class Runs:
     def run_baseline(self, seeds: range) -> None:
         """Fit LightGBM for every horizon and seed, with its caution, unless that is done."""
         part = self.part
-        if all(self.path(f"baseline-{s}").exists() for s in seeds):
+        wanted = ["baseline-caution", *(f"baseline-{s}" for s in seeds)]
+        if all(self.path(what).exists() for what in wanted):
             return
         columns = baseline_columns(part)
         hours = hours_to_failure(part.fleet.failures, part.rows, len(part.fleet.components))
