@@ -38,6 +38,7 @@ def test_equal_steps_leave_a_prediction_that_fits_them_and_nothing_negative() ->
     assert cost.token_ms("unseen") > 0
 
 
+@pytest.mark.slow
 def test_equal_steps_do_not_forget_how_the_cost_splits() -> None:
     """An hour of batch work leaves the fixed cost that steps of several sizes had shown."""
     cost = CostModel()

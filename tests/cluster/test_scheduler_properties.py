@@ -55,6 +55,7 @@ def test_everything_runs_once_in_deadline_order_within_budget(
     in_loop(scenario)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.integers(1, 30), min_size=1, max_size=8),

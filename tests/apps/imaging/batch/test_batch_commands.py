@@ -39,6 +39,7 @@ def run(folder: Path, *options: str | Path, application: Application = APPLICATI
     return run_command(args, application, hire_thread)
 
 
+@pytest.mark.slow
 def test_a_run_says_what_came_of_it_and_is_verified(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

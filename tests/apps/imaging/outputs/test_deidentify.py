@@ -54,6 +54,7 @@ def everything(sample: Sample, directory: Path, settings: OutputSettings) -> dic
     return {str(path.relative_to(directory)): readable(path).lower() for path in files}
 
 
+@pytest.mark.slow
 def test_no_file_holds_anything_of_the_source(
     filled: Sample, tmp_path: Path, settings: OutputSettings
 ) -> None:
