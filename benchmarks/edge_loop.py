@@ -33,8 +33,7 @@ from numpy.typing import NDArray
 from apps.maintenance.edge.bundle import INFO, BundleInfo, unpack, write_bundle
 from apps.maintenance.edge.forecast import Forecaster
 from apps.maintenance.fleet import Fleet, Ints
-from apps.maintenance.inputs import LIFE_CAP_HOURS
-from apps.maintenance.protocol import HORIZONS, Rows, hours_to_failure, labels, macro_f1
+from apps.maintenance.protocol import Rows, hours_to_failure, labels, macro_f1
 from apps.maintenance.sync.control import Control
 from apps.maintenance.sync.evidence import HOUR_S, start_of
 from apps.maintenance.sync.keys import make_keys
@@ -44,9 +43,9 @@ from apps.maintenance.sync.retrainings import State
 from apps.maintenance.sync.service import NUM_KEYS
 from apps.maintenance.sync.shadow import run_shadow
 from apps.maintenance.tables import write_fleet
-from apps.maintenance.training.azure_runs import Runs, stored
+from apps.maintenance.training.azure_runs import Runs
 from apps.maintenance.training.distill import distil
-from apps.maintenance.training.fit import Fit, calibrate, cross_fit_trees, fit_sequence, install
+from apps.maintenance.training.fit import Fit
 from apps.maintenance.training.retrain import Retrainer
 from apps.maintenance.training.retrain_record import (
     MAX_WINDOWS,
@@ -55,8 +54,13 @@ from apps.maintenance.training.retrain_record import (
     held_out,
     pack_edge,
 )
-from apps.maintenance.training.train import CALIBRATION, training_part
-from apps.maintenance.training.trees import fit_hazard_trees, to_ensemble
+from apps.maintenance.training.train import (
+    carry_trees,
+    chosen_by,
+    fit_weights,
+    training_part,
+    write_chosen,
+)
 from benchmarks.edge_plant import (
     GROUP,
     NUM_BOXES,
@@ -69,8 +73,6 @@ from benchmarks.edge_plant import (
 from benchmarks.edge_rig import SignedFolder, sync_server
 from benchmarks.results import append_row
 from core_model.checkpoint import save_checkpoint
-from core_model.series import SeriesAdapter
-from core_model.series_tasks import FORECAST
 
 LOOK_DAYS = 4  # between two looks at the triggers
 METRIC_H = 48
@@ -82,28 +84,12 @@ def first_model(fleet: Fleet, out: Path, preset: str, threads: int) -> None:
     work = out.with_name("first")
     work.mkdir(parents=True)
     runs = Runs(training_part(fleet), work, "cpu", preset, threads, say)
-    examples, fit = runs.examples(), Fit(0, "cpu", preset, threads)
-    stored(runs.path("trees"), lambda: {"tree": cross_fit_trees(examples, fit)})
-    tree = runs.tree_answers()
-    calibration = runs.calibration(lambda: calibrate(examples, tree, fit))
-    model = fit_sequence(examples, tree, fit)
-    install(model, calibration)
-    adapter = model.adapters[FORECAST.name]
-    if isinstance(adapter, SeriesAdapter):
-        adapter.set_ensemble(to_ensemble(fit_hazard_trees(examples.lives, 0, threads)))
+    model, booster = fit_weights(runs, Fit(0, "cpu", preset, threads))
+    carry_trees(model, booster)
     save_checkpoint(
         out, model, version="forecast-1", data="generated", metrics={}, command="edge_loop"
     )
-    chosen = {
-        "caution": {str(h): calibration.caution[h] for h in HORIZONS},
-        "interval_margin": calibration.margin,
-        "life_cap_hours": LIFE_CAP_HOURS,
-        "service_period_hours": runs.period,
-        "components": list(fleet.components),
-        "sensors": list(fleet.sensors),
-        "errors": list(fleet.error_names),
-    }
-    (out / CALIBRATION).write_text(json.dumps(chosen))
+    write_chosen(out, chosen_by(runs))
 
 
 def score(fleet: Fleet, rows: Rows, hazard: NDArray[np.floating[Any]], info: BundleInfo) -> float:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from xgboost import Booster
 
 from apps.maintenance.edge.bundle import BundleInfo
 from apps.maintenance.edge.durable import write_whole
@@ -26,24 +27,25 @@ from apps.maintenance.inputs import forecast_inputs
 from apps.maintenance.protocol import HORIZONS, decide, hours_to_failure, labels, macro_f1
 from apps.maintenance.splits import Part
 from apps.maintenance.tables import read_fleet
-from apps.maintenance.training.azure_runs import Runs, stored
+from apps.maintenance.training.azure_runs import Runs
 from apps.maintenance.training.fit import (
-    Calibration,
     Examples,
     Fit,
     ask,
-    calibrate,
-    cross_fit_trees,
-    install,
 )
 from apps.maintenance.training.retrain_fit import TUNING, fine_tune
 from apps.maintenance.training.retrain_record import Span, cut, find_drift, held_out, pack_edge
-from apps.maintenance.training.train import CALIBRATION, training_part
-from apps.maintenance.training.trees import fit_hazard_trees, to_ensemble
+from apps.maintenance.training.train import (
+    CALIBRATION,
+    carry_trees,
+    chosen_by,
+    fit_weights,
+    training_part,
+    write_chosen,
+)
+from apps.maintenance.training.trees import ask_trees
 from core_model.checkpoint import load_checkpoint, save_checkpoint
 from core_model.model import MoETransformer
-from core_model.series import SeriesAdapter
-from core_model.series_tasks import FORECAST
 
 CHECKPOINT, EDGE, HISTORY, BUNDLE = "checkpoint", "edge", "history.npz", "bundle.tar"
 Say = Callable[[str], None]
@@ -125,24 +127,14 @@ def _tune(order: Order, part: Part, out: Path, say: Say) -> None:
     """Write the tuned checkpoint and its calibration."""
     deployed, before = load_checkpoint(order.deployed)
     runs = Runs(part, order.folder, "cpu", "", order.threads, say)
-    examples = runs.examples()
     fit = Fit(order.seed, threads=order.threads, label="retraining", settings=TUNING)
-    stored(runs.path("trees"), lambda: {"tree": cross_fit_trees(examples, fit)})
-    tree = runs.tree_answers()
-    say(f"{examples.machine.size} rows, trees cross-fitted")
 
     def make(kept: Examples, answers: Floats32, fit: Fit) -> MoETransformer:
         return fine_tune(deployed, kept, answers, fit)
 
-    calibration = runs.calibration(lambda: calibrate(examples, tree, fit, make))
-    say("calibrated on held-out machines")
-    model = make(examples, tree, fit)
-    install(model, calibration)
-    booster = fit_hazard_trees(examples.lives, order.seed, order.threads)
-    adapter = model.adapters[FORECAST.name]
-    if isinstance(adapter, SeriesAdapter):
-        adapter.set_ensemble(to_ensemble(booster))
-    figures = _figures(model, part, runs.period, calibration)
+    model, booster = fit_weights(runs, fit, make)
+    carry_trees(model, booster)
+    figures = _figures(model, booster, runs)
     say(f"tuned: {figures}")
     save_checkpoint(
         out,
@@ -152,20 +144,17 @@ def _tune(order: Order, part: Part, out: Path, say: Say) -> None:
         metrics=figures,
         command="trimoe sync retrain",
     )
-    _write_calibration(order.deployed, out, calibration, runs)
+    path = order.deployed / CALIBRATION
+    before_it = json.loads(path.read_bytes()) if path.exists() else {}
+    write_chosen(out, {**before_it, **chosen_by(runs)})
 
 
-def _figures(
-    model: MoETransformer, part: Part, period: int, calibration: Calibration
-) -> dict[str, float]:
+def _figures(model: MoETransformer, booster: Booster, runs: Runs) -> dict[str, float]:
     """Return macro F1 by horizon on what was held out."""
+    part, calibration = runs.part, runs.calibration()
     rows = part.rows.take(part.test(HORIZONS[-1]))
-    series = forecast_inputs(part.fleet, rows, period)
-    adapter = model.adapters[FORECAST.name]
-    context = torch.from_numpy(series.context)
-    with torch.no_grad():
-        trees = adapter.answer(context).numpy()  # type: ignore[operator]
-    probs = ask(model, series, trees, "cpu").probs
+    series = forecast_inputs(part.fleet, rows, runs.period)
+    probs = ask(model, series, ask_trees(booster, series.context), "cpu").probs
     hours = hours_to_failure(part.fleet.failures, rows, len(part.fleet.components))
     found = {}
     for idx, horizon in enumerate(HORIZONS):
@@ -173,16 +162,3 @@ def _figures(
         truth = labels(hours, horizon)
         found[f"macro_f1_{horizon}h"] = round(macro_f1(truth, decided, probs.shape[2]), 4)
     return found
-
-
-def _write_calibration(deployed: Path, out: Path, calibration: Calibration, runs: Runs) -> None:
-    """Write what was chosen beside the weights; the rest is as it was for the deployed model."""
-    path = deployed / CALIBRATION
-    before = json.loads(path.read_bytes()) if path.exists() else {}
-    chosen = {
-        **before,
-        "caution": {str(h): calibration.caution[h] for h in HORIZONS},
-        "interval_margin": calibration.margin,
-        "service_period_hours": runs.period,
-    }
-    (out / CALIBRATION).write_text(json.dumps(chosen, indent=2) + "\n", encoding="utf-8")

@@ -11,15 +11,16 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from xgboost import Booster
 
-from apps.maintenance.fleet import Fleet
+from apps.maintenance.fleet import Fleet, Floats32
 from apps.maintenance.inputs import LIFE_CAP_HOURS
 from apps.maintenance.protocol import HORIZONS, grid_rows
 from apps.maintenance.simulate import SimulationConfig, simulate
@@ -28,6 +29,7 @@ from apps.maintenance.tables import read_fleet
 from apps.maintenance.training.azure_report import PartReport, as_text
 from apps.maintenance.training.azure_runs import Runs, stored
 from apps.maintenance.training.fit import (
+    Examples,
     Fit,
     calibrate,
     cross_fit_trees,
@@ -36,6 +38,7 @@ from apps.maintenance.training.fit import (
 )
 from apps.maintenance.training.trees import fit_hazard_trees, to_ensemble
 from core_model.checkpoint import save_checkpoint
+from core_model.model import MoETransformer
 from core_model.series import SeriesAdapter
 from core_model.series_tasks import FORECAST
 
@@ -121,25 +124,14 @@ def train_part(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any]:
     threads = len(os.sched_getaffinity(0))
     runs = Runs(part, work, recipe.device, recipe.preset, threads, say)
     runs.run_baseline(range(1))
-    examples = runs.examples()
-    fit = Fit(seed, recipe.device, recipe.preset, threads, "weights")
-    stored(runs.path("trees"), lambda: {"tree": cross_fit_trees(examples, fit)})
-    say(f"{examples.machine.size} rows, trees cross-fitted")
-    tree = runs.tree_answers()
-    calibration = runs.calibration(lambda: calibrate(examples, tree, fit))
-    say("calibrated on held-out machines")
-    model = fit_sequence(examples, tree, fit)
-    install(model, calibration)
-    booster = fit_hazard_trees(examples.lives, seed, threads)
+    model, booster = fit_weights(runs, Fit(seed, recipe.device, recipe.preset, threads, "weights"))
     stored(runs.path("ours-0"), lambda: runs.ask_variants(model, booster))
     report = PartReport(runs, 1)
     figures = report.figures()
     if runs.has_telemetry:
         figures["degraded"] = report.degraded()
     print(as_text("held-out end of the record", figures))
-    adapter = model.cpu().adapters[FORECAST.name]
-    if isinstance(adapter, SeriesAdapter):
-        adapter.set_ensemble(to_ensemble(booster))
+    carry_trees(model.cpu(), booster)
     save_checkpoint(
         recipe.out,
         model,
@@ -148,21 +140,50 @@ def train_part(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any]:
         metrics=_headline(figures),
         command=recipe.command,
     )
-    text = json.dumps(_chosen(part.fleet, runs, figures), indent=2) + "\n"
-    (recipe.out / CALIBRATION).write_text(text, encoding="utf-8")
+    usual = np.zeros(len(part.fleet.sensors))
+    if runs.has_telemetry:
+        usual = np.nanmean(part.fleet.telemetry, axis=(0, 1))
+    chosen = {
+        **chosen_by(runs),
+        "held_out": {str(h): figures["horizons"][str(h)] for h in HORIZONS},
+        "degraded": figures.get("degraded", {}),
+        "usual": usual.round(4).tolist(),
+    }
+    write_chosen(recipe.out, chosen)
     return figures
 
 
-def _version(seed: int) -> str:
-    return f"forecast-{seed + 1}"
+def fit_weights(
+    runs: Runs, fit: Fit, make: Callable[[Examples, Floats32, Fit], MoETransformer] = fit_sequence
+) -> tuple[MoETransformer, Booster]:
+    """Return a model with its calibrated gate, and the trees that go with it.
+
+    Args:
+        runs: Cross-fitted trees and calibration are kept there and reused.
+        fit: How to train.
+        make: Trains the sequence experts.
+    """
+    examples = runs.examples()
+    stored(runs.path("trees"), lambda: {"tree": cross_fit_trees(examples, fit)})
+    runs.say(f"{examples.machine.size} rows, trees cross-fitted")
+    tree = runs.tree_answers()
+    calibration = runs.calibration(lambda: calibrate(examples, tree, fit, make))
+    runs.say("calibrated on held-out machines")
+    model = make(examples, tree, fit)
+    install(model, calibration)
+    return model, fit_hazard_trees(examples.lives, fit.seed, fit.threads)
 
 
-def _chosen(fleet: Fleet, runs: Runs, figures: dict[str, Any]) -> dict[str, Any]:
-    """Return what ``calibration.json`` holds."""
-    calibration = runs.calibration()
-    usual = np.zeros(len(fleet.sensors))
-    if runs.has_telemetry:
-        usual = np.nanmean(fleet.telemetry, axis=(0, 1))
+def carry_trees(model: MoETransformer, booster: Booster) -> None:
+    """Put the trees into the model, which then needs no answers of theirs brought along."""
+    adapter = model.adapters[FORECAST.name]
+    if isinstance(adapter, SeriesAdapter):
+        adapter.set_ensemble(to_ensemble(booster))
+
+
+def chosen_by(runs: Runs) -> dict[str, Any]:
+    """Return what ``calibration.json`` holds beside figures."""
+    fleet, calibration = runs.part.fleet, runs.calibration()
     return {
         "caution": {str(h): calibration.caution[h] for h in HORIZONS},
         "interval_margin": calibration.margin,
@@ -171,10 +192,16 @@ def _chosen(fleet: Fleet, runs: Runs, figures: dict[str, Any]) -> dict[str, Any]
         "components": list(fleet.components),
         "sensors": list(fleet.sensors),
         "errors": list(fleet.error_names),
-        "held_out": {str(h): figures["horizons"][str(h)] for h in HORIZONS},
-        "degraded": figures.get("degraded", {}),
-        "usual": usual.round(4).tolist(),
     }
+
+
+def write_chosen(folder: Path, chosen: Mapping[str, Any]) -> None:
+    """Write ``calibration.json`` beside the weights."""
+    (folder / CALIBRATION).write_text(json.dumps(chosen, indent=2) + "\n", encoding="utf-8")
+
+
+def _version(seed: int) -> str:
+    return f"forecast-{seed + 1}"
 
 
 def _headline(figures: dict[str, Any]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A box that runs version 1, and the signed repository and server it listens to."""
+"""A box that runs version 1, the signed repository and server it listens to, an MQTT broker."""
 
 import shutil
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from apps.maintenance.sync.outcomes import Outcome
 from apps.maintenance.sync.publishing import publish_bundle
 from benchmarks.edge_models import make_bundle
 from benchmarks.edge_rig import ONE, Box, FileServer, SignedFolder, set_up_box
+from tests.apps.maintenance.running_broker import PASSWORD, RunningBroker
 
 
 @pytest.fixture(scope="session")
@@ -46,5 +47,15 @@ def box(template: tuple[Path, SignedFolder], tmp_path: Path, server: FileServer)
     """A box that runs version 1, confirmed."""
     shutil.copytree(template[0] / "box", tmp_path / "box", symlinks=True)
     found = Box(tmp_path / "box", server.url)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningBroker]:
+    """Started, and its password known to whoever connects."""
+    monkeypatch.setenv("TRIMOE_MQTT_PASSWORD", PASSWORD)
+    found = RunningBroker(tmp_path / "passwords")
+    found.start()
     yield found
     found.close()

@@ -1,4 +1,4 @@
-"""A generated plant, a broker, and an untrained model that answers as the shared deployment does."""
+"""A generated plant, and an untrained model that answers as the shared deployment does."""
 
 import json
 from collections.abc import Iterator
@@ -17,7 +17,6 @@ from cluster.step import StepRunner
 from core_model.config import PRESETS
 from core_model.model import MoETransformer
 from core_model.tasks import registered_tasks
-from tests.apps.maintenance.telemetry.conftest import PASSWORD, RunningBroker
 
 VERSION = "forecast-test"
 
@@ -60,12 +59,3 @@ def client() -> Iterator[LocalClient]:
     runner = StepRunner(model, tasks, config.num_experts, config.num_layers)
     with LocalClient(LoadedModel(runner, VERSION)) as found:
         yield found
-
-
-@pytest.fixture
-def broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningBroker]:
-    monkeypatch.setenv("TRIMOE_MQTT_PASSWORD", PASSWORD)
-    found = RunningBroker(tmp_path / "passwords")
-    found.start()
-    yield found
-    found.close()

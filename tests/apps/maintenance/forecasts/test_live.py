@@ -33,7 +33,7 @@ from cluster.local import LocalClient
 from tests.apps.maintenance.forecasts.conftest import write_model_folder
 from tests.apps.maintenance.forecasts.test_courier import SECRET
 from tests.apps.maintenance.forecasts.test_courier import Receiver as Webpage
-from tests.apps.maintenance.telemetry.conftest import USER, RunningBroker
+from tests.apps.maintenance.running_broker import USER, RunningBroker
 
 HOURS = 49
 

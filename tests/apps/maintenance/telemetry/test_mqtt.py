@@ -21,7 +21,7 @@ from apps.maintenance.telemetry.plant import Plant
 from apps.maintenance.telemetry.receiver import Receiver
 from apps.maintenance.telemetry.records import read_history
 from cluster.errors import ConfigurationError, UnavailableError
-from tests.apps.maintenance.telemetry.conftest import PASSWORD, USER, RunningBroker
+from tests.apps.maintenance.running_broker import PASSWORD, USER, RunningBroker
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -210,11 +210,11 @@ def test_a_job_that_was_killed_goes_on_where_it_was(
         run_order(order, killed_at("calibrated"))
     with monkeypatch.context() as patch:
         for name in ("cross_fit_trees", "calibrate"):
-            patch.setattr(f"apps.maintenance.training.retrain_job.{name}", None)
+            patch.setattr(f"apps.maintenance.training.train.{name}", None)
         with pytest.raises(KilledError):
             run_order(order, killed_at("distilled"))
-        for name in ("fine_tune", "fit_hazard_trees"):
-            patch.setattr(f"apps.maintenance.training.retrain_job.{name}", None)
+        for name in ("retrain_job.fine_tune", "train.fit_hazard_trees"):
+            patch.setattr(f"apps.maintenance.training.{name}", None)
         patch.setattr("apps.maintenance.training.distill.distil", None)
         packed = run_order(order, print).read_bytes()
     prove(packed)
