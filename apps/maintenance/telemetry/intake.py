@@ -40,7 +40,8 @@ class Intake:
         self._plant, self._prefix, self._rejected, self._clock = plant, prefix, rejected, clock
         self.counts: Counter[str] = Counter()
         self.forecast_until_s = -float("inf")
-        self._newest: dict[tuple[str, str], float] = {}
+        self._newest: dict[tuple[str, str], float] = {}  # on disk
+        self._ahead: dict[tuple[str, str], float] = {}  # of what waits for the disk
         self._known: OrderedDict[tuple[str, str, float, str], Mapping[str, object]] = OrderedDict()
         self._waiting: dict[tuple[str, str, float, str], Mapping[str, object]] = {}
         self._said: set[tuple[str, str]] = set()
@@ -73,6 +74,7 @@ class Intake:
     def settle(self, messages: Sequence[Message], *, is_kept: bool) -> None:
         """Note what is on disk by now, so that a repetition of it is left out, or what is not."""
         self._waiting.clear()
+        self._ahead.clear()
         if not is_kept:
             return
         self.counts[KEPT] += len(messages)
@@ -84,8 +86,11 @@ class Intake:
             self._known.popitem(last=False)
 
     def _judge_time(self, message: Message) -> None:
-        if message.time_s < self._newest.get((message.machine, message.kind), message.time_s):
+        place = message.machine, message.kind
+        newest_s = max(each.get(place, message.time_s) for each in (self._newest, self._ahead))
+        if message.time_s < newest_s:
             self._note(OUT_OF_ORDER, message.machine)
+        self._ahead[place] = newest_s
         if message.time_s <= self.forecast_until_s:
             self._note(LATE, message.machine)
 
