@@ -19,7 +19,7 @@ from apps.imaging.reasons import Reason
 from apps.imaging.resample import PatientGrid
 
 HU_EDGES = (-2000, -950, -700, -400, -150, -50, 0, 40, 80, 150, 300, 700, 1500, 4000)
-FILE = "calibration.json"
+FILE = "organs.json"
 MM_PER_HALF = 10.0  # a repair that may misplace anatomy so far halves the confidence
 
 

@@ -104,7 +104,7 @@ def _add_forecast(commands: Subparsers) -> None:
         type=Path,
         default=Path("models/forecast"),
         metavar="DIR",
-        help="folder of the weights that it serves, with calibration.json",
+        help="folder of the weights that it serves, with forecast.json",
     )
     parser.add_argument(
         "--at", type=_moment, metavar="TIME", help="of the forecast, UTC; default: last of the data"

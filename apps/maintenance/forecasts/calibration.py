@@ -1,6 +1,6 @@
 """What the training chose on held-out rows, read from the folder of the weights.
 
-``calibration.json`` beside ``manifest.json``, as ``training/train.py`` writes it.
+``forecast.json`` beside ``manifest.json``, as ``training/train.py`` writes it.
 """
 
 import json
@@ -16,7 +16,7 @@ from apps.maintenance.fleet import Fleet, Floats32, Ints, Records
 from apps.maintenance.protocol import HORIZONS
 from cluster.errors import ConfigurationError
 
-FILE, MANIFEST = "calibration.json", "manifest.json"
+FILE, MANIFEST = "forecast.json", "manifest.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ class Cloud:
     Args:
         model: The cloud model.
         version: Its name and number.
-        calibration: What ``calibration.json`` holds.
+        calibration: What ``forecast.json`` holds.
     """
 
     model: MoETransformer

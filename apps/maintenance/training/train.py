@@ -1,7 +1,7 @@
 """``trimoe maintenance train``: weights of the forecast task, and what was chosen beside them.
 
     OUT/manifest.json, model.safetensors   the checkpoint
-    OUT/calibration.json                   cautions, margin of intervals, rhythm, names, figures
+    OUT/forecast.json                      cautions, margin of intervals, rhythm, names, figures
 
 The last fifth of the record is held out, reported on and not trained on.
 """
@@ -42,7 +42,7 @@ from core_model.model import MoETransformer
 from core_model.series import SeriesAdapter
 from core_model.series_tasks import FORECAST
 
-CALIBRATION = "calibration.json"
+CALIBRATION = "forecast.json"
 TEST_SHARE = 0.2
 DAY_HOURS = 24  # between training and test
 
@@ -182,7 +182,7 @@ def carry_trees(model: MoETransformer, booster: Booster) -> None:
 
 
 def chosen_by(runs: Runs) -> dict[str, Any]:
-    """Return what ``calibration.json`` holds beside figures."""
+    """Return what ``forecast.json`` holds beside figures."""
     fleet, calibration = runs.part.fleet, runs.calibration()
     return {
         "caution": {str(h): calibration.caution[h] for h in HORIZONS},
@@ -196,7 +196,7 @@ def chosen_by(runs: Runs) -> dict[str, Any]:
 
 
 def write_chosen(folder: Path, chosen: Mapping[str, Any]) -> None:
-    """Write ``calibration.json`` beside the weights."""
+    """Write ``forecast.json`` beside the weights."""
     (folder / CALIBRATION).write_text(json.dumps(chosen, indent=2) + "\n", encoding="utf-8")
 
 

@@ -14,15 +14,15 @@ PLAIN = Calibration({"Larynx": 0.8}, 0.1, (1.0, -2.0), (0.5, 2.0), 4.0, 0.6, 0.9
 
 
 def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
-    PLAIN.save(tmp_path / "calibration.json")
-    assert Calibration.load(tmp_path / "calibration.json") == PLAIN
+    PLAIN.save(tmp_path / "organs.json")
+    assert Calibration.load(tmp_path / "organs.json") == PLAIN
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"least_sure": {}, "more": 1}'])
 def test_another_file_is_named(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "calibration.json"
+    path = tmp_path / "organs.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"calibration.json: expected the calibration"):
+    with pytest.raises(ValueError, match=r"organs.json: expected the calibration"):
         Calibration.load(path)
 
 
