@@ -196,5 +196,5 @@ def test_names_are_brought_into_the_models_order(fleet: Fleet, calibration: Cali
 def test_a_damaged_calibration_is_one_line(tmp_path: Path) -> None:
     folder = write_model_folder(tmp_path, 1.0)
     (folder / FILE).write_text("{}")
-    with pytest.raises(ConfigurationError, match=r"calibration\.json: expected what trimoe"):
+    with pytest.raises(ConfigurationError, match=r"forecast\.json: expected what trimoe"):
         Calibration.read(folder)
