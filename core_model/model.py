@@ -35,6 +35,21 @@ class StepOutput(NamedTuple):
     cu_tokens: Tensor
 
 
+class Step(NamedTuple):
+    """A step up to the heads.
+
+    Args:
+        pieces: Per task: its tokens as the blocks leave them [T_task, D].
+        encoded: Per task: what its adapter made.
+        experts_LTK: As in ``StepOutput``; cu_tokens: likewise.
+    """
+
+    pieces: Mapping[str, Tensor]
+    encoded: Mapping[str, Encoded]
+    experts_LTK: Tensor
+    cu_tokens: Tensor
+
+
 class BlockRunner(Protocol):
     """Another way to run the blocks, such as captured graphs."""
 
@@ -88,20 +103,27 @@ class MoETransformer(nn.Module):
 
     def forward(self, batches: Mapping[str, RaggedBatch]) -> StepOutput:
         """Run one step over the packed sequences of one or more tasks."""
-        encoded: list[Encoded] = [self.adapters[task](batch) for task, batch in batches.items()]
+        step = self.encode_and_run(batches)
+        outputs = {
+            task: self.heads[task](piece, step.encoded[task]) for task, piece in step.pieces.items()
+        }
+        return StepOutput(outputs, step.experts_LTK, step.cu_tokens)
+
+    def encode_and_run(self, batches: Mapping[str, RaggedBatch]) -> Step:
+        """Run one step up to the heads, which training calls by itself."""
+        encoded: dict[str, Encoded] = {
+            task: self.adapters[task](batch) for task, batch in batches.items()
+        }
+        parts = list(encoded.values())
         run = self.run_blocks if self.graphs is None else self.graphs.run
         tokens_TD, experts_LTK = run(
-            torch.cat([part.tokens_TD for part in encoded]).to(self.final_norm.dtype),
-            merge_groups([part.spans for part in encoded]),
+            torch.cat([part.tokens_TD for part in parts]).to(self.final_norm.dtype),
+            merge_groups([part.spans for part in parts]),
         )
-        tokens_TD = tokens_TD.to(encoded[0].tokens_TD.dtype)
-        pieces = tokens_TD.split([part.tokens_TD.shape[0] for part in encoded])
-        outputs = {
-            task: self.heads[task](piece, part)
-            for task, piece, part in zip(batches, pieces, encoded, strict=True)
-        }
-        cu_tokens = concat_cu_seqlens([part.cu_tokens for part in encoded])
-        return StepOutput(outputs, experts_LTK, cu_tokens)
+        tokens_TD = tokens_TD.to(parts[0].tokens_TD.dtype)
+        pieces = tokens_TD.split([part.tokens_TD.shape[0] for part in parts])
+        cu_tokens = concat_cu_seqlens([part.cu_tokens for part in parts])
+        return Step(dict(zip(encoded, pieces, strict=True)), encoded, experts_LTK, cu_tokens)
 
     def run_blocks(
         self,

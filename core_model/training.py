@@ -1,8 +1,8 @@
-"""Training of one task on packed sequences: AdamW, one cycle, weight averaging, balance.
+"""Training on packed sequences that lie on the device: samples in epochs, balance, answers.
 
-The caller brings a device-resident batch, a loss and row weights; the loop knows
+The caller brings a batch, a loss and row weights; the loop (``core_model.joint``) knows
 nothing of the task.  Weights say how much traffic a sampled sequence stands for: they
-scale the loss (by the caller) and the expert load (here), so that balance holds for
+scale the loss (by the caller) and the expert load (by the loop), so that balance holds for
 the traffic and not for the sample.
 
 Legend: B sequences, L layers, E experts.
@@ -10,14 +10,15 @@ Legend: B sequences, L layers, E experts.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from core_model.balance import BalanceLoss, expert_load, move_bias, rebalance
-from core_model.model import MoETransformer, StepOutput
-from core_model.packing import RaggedBatch, take_sequences
+from core_model.balance import expert_load, rebalance
+from core_model.joint import Draw, LoopSettings, epochs_of, train
+from core_model.model import MoETransformer
+from core_model.packing import Encoded, RaggedBatch, take_sequences
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[int, int, float], None]
@@ -64,38 +65,6 @@ class WeightedSample:
     weights_B: Tensor
 
 
-class WeightAverage:
-    """Exponential average of a model's parameters, corrected for its short history."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self._parameters: list[Tensor] = list(model.parameters())
-        self._sums = [torch.zeros_like(p) for p in self._parameters]
-        self._decay = decay
-        self._mass = 0.0
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take in the parameters as they are now."""
-        torch._foreach_lerp_(self._sums, self._parameters, 1.0 - self._decay)
-        self._mass = self._decay * self._mass + (1.0 - self._decay)
-
-    @torch.no_grad()
-    def install(self) -> None:
-        """Put the average in the parameters' place."""
-        for total, parameter in zip(self._sums, self._parameters, strict=True):
-            parameter.copy_(total / self._mass)
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return parameter groups for an optimizer: matrices and kernels decay, vectors do not."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-
-
 @torch.no_grad()
 def settle_norms(model: MoETransformer, task: str, batches: Iterable[RaggedBatch]) -> None:
     """Measure the statistics of batch norms anew: those of averaged weights are no average.
@@ -118,35 +87,44 @@ def settle_norms(model: MoETransformer, task: str, batches: Iterable[RaggedBatch
     model.eval()
 
 
-def _optimizer(
-    model: nn.Module, settings: TrainSettings, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    groups = decay_groups(model, settings.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=settings.peak_lr, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.peak_lr, total_steps=steps, pct_start=0.15
-    )
-    return optimizer, schedule
+@dataclass(frozen=True, slots=True)
+class SampleSource:
+    """Draws of a sample, in epochs (see ``core_model.joint.Source``).
+
+    Args:
+        sample: At least ``batch_size`` sequences.
+        loss: (output columns [b, D_out], sequence indices [b]) -> scalar.
+        batch_size: Sequences per step.
+        seed: Of their order.
+        peak_lr: As of ``Source``; weight_decay, weight: likewise.
+    """
+
+    sample: WeightedSample
+    loss: Loss
+    batch_size: int
+    seed: int
+    peak_lr: float
+    weight_decay: float
+    weight: float = 1.0
+
+    @property
+    def task(self) -> str:
+        """Of the sample."""
+        return self.sample.task
+
+    def draws(self, start: int) -> Iterator[Draw]:
+        """Yield what the steps from ``start`` on see."""
+        weights_B, batch = self.sample.weights_B, self.sample.batch
+        num = batch.num_sequences
+        for chosen in epochs_of(num, self.batch_size, self.seed, start, weights_B.device):
+            loss = partial(_loss_of_outputs, self.loss, chosen)
+            yield Draw(take_sequences(batch, chosen), weights_B[chosen], loss)
 
 
-def weighted_load(step: StepOutput, weights_B: Tensor, num_experts: int) -> Tensor:
-    """Return the expert load of a step with each token weighted as its sequence, [L, E]."""
-    return expert_load(step.experts_LTK, num_experts, _token_weights(step, weights_B))
-
-
-def _token_weights(step: StepOutput, weights_B: Tensor) -> Tensor:
-    counts = (step.cu_tokens[1:] - step.cu_tokens[:-1]).long()
-    return torch.repeat_interleave(weights_B, counts)
-
-
-def _draws(
-    sample: WeightedSample, settings: TrainSettings, generator: torch.Generator
-) -> Iterator[Tensor]:
-    """Yield the sequences of each step; what does not fill a step waits for the next epoch."""
-    num = sample.batch.num_sequences
-    for _ in range(settings.epochs):
-        order = torch.randperm(num, generator=generator).to(sample.weights_B.device)
-        yield from order.split(settings.batch_size)[: num // settings.batch_size]
+def _loss_of_outputs(
+    loss: Loss, chosen: Tensor, head: nn.Module, tokens_TD: Tensor, encoded: Encoded
+) -> Tensor:
+    return loss(head(tokens_TD, encoded)[0], chosen)
 
 
 def train_task(
@@ -154,7 +132,7 @@ def train_task(
     sample: WeightedSample,
     loss: Loss,
     settings: TrainSettings,
-    generator: torch.Generator,
+    seed: int,
     progress: Progress,
 ) -> None:
     """Train in place; the model ends with averaged weights, not yet rebalanced.
@@ -164,41 +142,25 @@ def train_task(
         sample: At least ``settings.batch_size`` sequences.
         loss: (output columns [b, D_out], sequence indices [b]) -> scalar.
         settings: Hyper-parameters.
-        generator: CPU generator; fixes the order of the sequences.
+        seed: Of the order of the sequences.
         progress: Called with (step, number of steps, loss) every 20 steps.
 
     Raises:
         ValueError: The sample does not fill one step.
     """
-    if sample.batch.num_sequences < settings.batch_size:
-        message = (
-            f"training of {sample.task}: expected at least {settings.batch_size} sequences, "
-            f"got {sample.batch.num_sequences}; bring more or make batch_size smaller"
-        )
-        raise ValueError(message)
-    steps = settings.epochs * (sample.batch.num_sequences // settings.batch_size)
-    optimizer, schedule = _optimizer(model, settings, steps)
-    average = WeightAverage(model, settings.average_decay)
-    model.train()
-    with BalanceLoss(model, settings.balance_loss) as balance:
-        for step, chosen in enumerate(_draws(sample, settings, generator)):
-            output = model({sample.task: take_sequences(sample.batch, chosen)})
-            value = loss(output.outputs[sample.task][0], chosen)
-            weights_B = sample.weights_B[chosen]
-            optimizer.zero_grad(set_to_none=True)
-            (value + balance.take(_token_weights(output, weights_B))).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            if settings.balance_loss == 0.0:
-                load_LE = weighted_load(output, weights_B, model.config.num_experts)
-                move_bias(model, load_LE, settings.bias_rate * (1.0 - step / steps))
-            if step >= settings.average_from * steps:
-                average.update()
-            if step % 20 == 0:
-                progress(step, steps, float(value.detach()))
-    average.install()
-    model.eval()
+    num, size = sample.batch.num_sequences, settings.batch_size
+    if num < size:
+        message = f"training of {sample.task}: expected at least {size} sequences, got {num}"
+        raise ValueError(message + "; bring more or make batch_size smaller")
+    source = SampleSource(sample, loss, size, seed, settings.peak_lr, settings.weight_decay)
+    loop = LoopSettings(
+        steps=settings.epochs * (num // size),
+        average_from=settings.average_from,
+        average_decay=settings.average_decay,
+        bias_rate=settings.bias_rate,
+        balance_loss=settings.balance_loss,
+    )
+    train(model, [source], loop, lambda step, steps, said: progress(step, steps, said[sample.task]))
 
 
 @torch.no_grad()

@@ -182,7 +182,6 @@ def fit_model(examples: Examples, traffic: Examples, fit: Fit) -> MoETransformer
     """
     device = fit.device
     torch.manual_seed(fit.seed)
-    generator = torch.Generator().manual_seed(fit.seed)
     model = MoETransformer(PRESETS[fit.preset], [FRAUD.name]).to(device)
     batch = examples.batch(device)
     adapter = model.adapters[FRAUD.name]
@@ -206,7 +205,7 @@ def fit_model(examples: Examples, traffic: Examples, fit: Fit) -> MoETransformer
         print(f"\r{fit.label}: step {step}/{steps}, loss {value:.4f}", end="", file=sys.stderr)
 
     sample = WeightedSample(FRAUD.name, batch, weight_B)
-    train_task(model, sample, loss, fit.settings, generator, progress)
+    train_task(model, sample, loss, fit.settings, fit.seed, progress)
     rebalance_task(model, FRAUD.name, traffic.batch(device))
     print(file=sys.stderr)
     return model

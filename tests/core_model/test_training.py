@@ -11,16 +11,14 @@ from benchmarks.workload import TOKENS
 from core_model.balance import utilisation
 from core_model.builtin_tasks import FRAUD
 from core_model.config import PRESETS
-from core_model.model import MoETransformer, StepOutput
+from core_model.model import MoETransformer
 from core_model.packing import RaggedBatch
 from core_model.training import (
     TrainSettings,
-    WeightAverage,
     WeightedSample,
     predict,
     rebalance_task,
     train_task,
-    weighted_load,
 )
 
 MakeBatch = Callable[..., RaggedBatch]
@@ -56,8 +54,7 @@ def train(
         before.append(parameters_of(model))
         return value
 
-    generator = torch.Generator().manual_seed(seed)
-    train_task(model, sample, loss, settings, generator, lambda *_: None)
+    train_task(model, sample, loss, settings, seed, lambda *_: None)
     return model, losses, before
 
 
@@ -89,22 +86,6 @@ def test_the_model_ends_with_the_averaged_weights(sample: WeightedSample) -> Non
     for fourth, fifth, sixth, got in ends:  # three steps come before the average
         expected = (0.125 * fourth + 0.25 * fifth + 0.5 * sixth) / 0.875
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
-
-
-def test_an_average_weighs_the_past_by_its_decay() -> None:
-    layer = nn.Linear(1, 1, bias=False)
-    average = WeightAverage(layer, 0.5)
-    for value in (1.0, 3.0):
-        nn.init.constant_(layer.weight, value)
-        average.update()
-    average.install()
-    assert layer.weight.item() == pytest.approx((0.25 * 1.0 + 0.5 * 3.0) / 0.75)
-
-
-def test_tokens_load_experts_by_the_weight_of_their_sequence() -> None:
-    experts_LTK = torch.tensor([[[0], [1], [1], [2]]], dtype=torch.int32)
-    step = StepOutput({}, experts_LTK, torch.tensor([0, 1, 4], dtype=torch.int32))
-    assert weighted_load(step, torch.tensor([10.0, 1.0]), 3).tolist() == [[10, 2, 1]]
 
 
 def test_rebalancing_levels_the_traffic_and_nothing_else(
@@ -150,7 +131,7 @@ def test_the_auxiliary_loss_balances_in_the_place_of_the_bias() -> None:
         torch.manual_seed(0)
         model = MoETransformer(PRESETS["tiny"], [TOKENS.name])
         changed = TrainSettings(epochs=10, batch_size=100, peak_lr=1e-2, **settings)
-        train_task(model, skewed, loss, changed, torch.Generator().manual_seed(0), lambda *_: None)
+        train_task(model, skewed, loss, changed, 0, lambda *_: None)
         return model
 
     by_loss, by_nothing = trained(balance_loss=1.0), trained(bias_rate=0.0)
@@ -162,6 +143,5 @@ def test_the_auxiliary_loss_balances_in_the_place_of_the_bias() -> None:
 def test_a_sample_smaller_than_a_step_is_refused(sample: WeightedSample) -> None:
     model = MoETransformer(PRESETS["tiny"], [FRAUD.name])
     settings = replace(SETTINGS, batch_size=201)
-    generator = torch.Generator()
     with pytest.raises(ValueError, match="at least 201 sequences, got 200"):
-        train_task(model, sample, lambda out, _: out.sum(), settings, generator, print)
+        train_task(model, sample, lambda out, _: out.sum(), settings, 0, print)

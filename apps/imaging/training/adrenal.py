@@ -21,9 +21,10 @@ from torch.nn import functional
 from apps.imaging.resample import AIR_HU
 from apps.imaging.windows import CASE_EDGE, GRID_MM, PATCH
 from core_model.balance import expert_load, move_bias
+from core_model.joint import WeightAverage, decay_groups
 from core_model.model import MoETransformer
 from core_model.packing import RaggedBatch, offsets_from_lengths
-from core_model.training import WeightAverage, decay_groups, settle_norms
+from core_model.training import settle_norms
 from core_model.volume_tasks import SHAPE_GRIDS
 
 TISSUE_HU = 240.0
@@ -133,7 +134,9 @@ def train_shapes(
     """
     task, generator = TASKS[masks.shape[1]], torch.Generator().manual_seed(seed)
     steps_each = masks.shape[0] // settings.batch_size
-    optimizer = torch.optim.AdamW(decay_groups(model, settings.weight_decay), lr=settings.peak_lr)
+    optimizer = torch.optim.AdamW(
+        decay_groups(list(model.parameters()), settings.weight_decay), lr=settings.peak_lr
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.peak_lr, total_steps=settings.epochs * steps_each, pct_start=0.2
     )

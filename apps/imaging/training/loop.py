@@ -25,9 +25,10 @@ from apps.imaging.resample import AIR_HU
 from apps.imaging.segmentation import ORGANS
 from apps.imaging.windows import PATCH, WINDOW, Canvas, Floats, WindowPlan, body_box
 from core_model.balance import expert_load, move_bias
+from core_model.joint import WeightAverage, decay_groups
 from core_model.model import MoETransformer
 from core_model.packing import Encoded, RaggedBatch, offsets_from_lengths
-from core_model.training import WeightAverage, decay_groups, settle_norms
+from core_model.training import settle_norms
 
 if TYPE_CHECKING:
     from core_model.voxels import VoxelHead
@@ -290,7 +291,9 @@ def train_volumes(
         collate_fn=collate,
         pin_memory=device != "cpu",
     )
-    optimizer = torch.optim.AdamW(decay_groups(model, settings.weight_decay), lr=settings.peak_lr)
+    optimizer = torch.optim.AdamW(
+        decay_groups(list(model.parameters()), settings.weight_decay), lr=settings.peak_lr
+    )
     average = WeightAverage(model, settings.average_decay)
     began = time.perf_counter()
     model.train()

@@ -161,7 +161,6 @@ def fit_sequence(examples: Examples, tree: Floats32, fit: Fit) -> MoETransformer
 
 def learn(model: MoETransformer, batch: RaggedBatch, examples: Examples, fit: Fit) -> None:
     """Train whatever of a model is not frozen on examples and their batch, in place."""
-    generator = torch.Generator().manual_seed(fit.seed)
     adapter = model.adapters[FORECAST.name]
     if isinstance(adapter, SeriesAdapter):
         adapter.fit_scaling(batch)
@@ -181,7 +180,7 @@ def learn(model: MoETransformer, batch: RaggedBatch, examples: Examples, fit: Fi
 
     settings = _settings(fit, examples.machine.size)
     sample = WeightedSample(FORECAST.name, batch, weight_B)
-    train_task(model, sample, loss, settings, generator, lambda *_: None)
+    train_task(model, sample, loss, settings, fit.seed, lambda *_: None)
 
 
 def _settings(fit: Fit, num_rows: int) -> TrainSettings:

@@ -86,7 +86,6 @@ def ask_life_trees(booster: xgboost.Booster, context: Floats32) -> Floats32:
 def fit_life(examples: LifeExamples, tree: Floats32, fit: Fit) -> MoETransformer:
     """Train the sequence experts and the quantiles."""
     torch.manual_seed(fit.seed)
-    generator = torch.Generator().manual_seed(fit.seed)
     model = MoETransformer(PRESETS[fit.preset], [RUL.name]).to(fit.device)
     batch = to_batch(examples.series, tree, fit.device)
     adapter = model.adapters[RUL.name]
@@ -104,7 +103,7 @@ def fit_life(examples: LifeExamples, tree: Floats32, fit: Fit) -> MoETransformer
         return (weight * (error + QUANTILE_WEIGHT * quantile)).sum()
 
     sample = WeightedSample(RUL.name, batch, weight_B)
-    train_task(model, sample, loss, fit.settings, generator, lambda *_: None)
+    train_task(model, sample, loss, fit.settings, fit.seed, lambda *_: None)
     rebalance_task(model, RUL.name, batch)
     return model
 
