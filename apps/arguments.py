@@ -3,8 +3,10 @@
 import argparse
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import TypeAlias
 
+PRESETS = ("tiny", "small", "base", "large", "deepseek-v3")  # of the shared core
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -34,3 +36,23 @@ def _at_least(least: int, text: str) -> int:
         message = f"expected {least} or more, got {number}"
         raise argparse.ArgumentTypeError(message)
     return number
+
+
+def add_lessons(parser: argparse.ArgumentParser) -> None:
+    """Add what joint training learns from, and how long."""
+    parser.add_argument("--organs", type=Path, metavar="DIR", help="volumes pt_*.npz of OpenKBP")
+    parser.add_argument(
+        "--organs-test", type=Path, metavar="DIR", help="to measure on; default: a tenth held out"
+    )
+    parser.add_argument(
+        "--phantoms", type=positive, default=40, metavar="N", help="in the place of --organs"
+    )
+    parser.add_argument(
+        "--adrenal", type=Path, metavar="FILE", help="of AdrenalMNIST3D; without it no such task"
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="base")
+    parser.add_argument("--steps", type=positive, default=2000, metavar="N")
+    parser.add_argument(
+        "--loaders", type=count, default=0, metavar="N", help="processes that cut CT windows"
+    )
+    parser.add_argument("--work", type=Path, metavar="DIR", help="finished parts are reused")

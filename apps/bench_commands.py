@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from apps.arguments import Subparsers, count, later, positive
+from apps.arguments import Subparsers, add_lessons, count, later, positive
 
 SERVING_CASES = ("mixed", "goodput", "lengths", "long", "overload", "versions", "sweep")
 
@@ -16,6 +16,7 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_serving(subjects)
     _add_imaging(subjects)
     _add_edge(subjects)
+    _add_model(subjects)
 
 
 def _add_common(parser: argparse.ArgumentParser, module: str) -> None:
@@ -92,3 +93,21 @@ def _add_edge(subjects: Subparsers) -> None:
     )
     parser.add_argument("--work", type=Path, metavar="DIR", help="trained models are reused")
     _add_common(parser, "benchmarks.edge")
+
+
+def _add_model(subjects: Subparsers) -> None:
+    parser = subjects.add_parser("model", help="one core for all beside one each; balance")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--shared-vs-separate", action="store_true", help="trainings of every kind, and balance"
+    )
+    what.add_argument(
+        "--layer", action="store_true", help="one layer with experts, against the roofline"
+    )
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N")
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="trainings at once")
+    parser.add_argument(
+        "--figure", type=Path, metavar="FILE", help="SVG of which experts work for whom"
+    )
+    add_lessons(parser)
+    _add_common(parser, "benchmarks.model")

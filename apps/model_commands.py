@@ -10,15 +10,14 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
-from apps.arguments import Subparsers, count, later
+from apps.arguments import PRESETS, Subparsers, add_lessons, count, later
 from cluster.errors import ConfigurationError, UnknownModelError
 from cluster.registry import Registry
 from cluster.report import fetch_report
 from cluster.versions import Aliases, Gate
-
-PRESETS = ("tiny", "small", "base", "large", "deepseek-v3")  # of the shared core
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -38,6 +37,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     size.set_defaults(run=later("core_model.size"))
 
+    _add_train(actions)
     trial = actions.add_parser("trial", help="try a version beside the stable one")
     trial.add_argument("name", help="name or version")
     kind = trial.add_mutually_exclusive_group(required=True)
@@ -59,6 +59,23 @@ def add_parser(subparsers: Subparsers) -> None:
     rollback.set_defaults(run=run_rollback)
     for parser in (listing, show, trial, promote, rollback):
         parser.add_argument("--models", default="models", help="models directory or URL")
+
+
+def _add_train(actions: Subparsers) -> None:
+    train = actions.add_parser("train", help="one checkpoint of all applications, trained together")
+    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the checkpoint")
+    add_lessons(train)
+    train.add_argument(
+        "--balance-loss",
+        type=float,
+        default=0.0,
+        metavar="W",
+        help="weight of an auxiliary loss; 0 balances the experts by their bias",
+    )
+    train.add_argument("--seed", type=count, default=0)
+    train.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    train.add_argument("--json", type=Path, metavar="FILE")
+    train.set_defaults(run=later("apps.joint"))
 
 
 def run_list(args: argparse.Namespace) -> int:

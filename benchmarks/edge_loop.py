@@ -89,7 +89,7 @@ def first_model(fleet: Fleet, out: Path, preset: str, threads: int) -> None:
     save_checkpoint(
         out, model, version="forecast-1", data="generated", metrics={}, command="edge_loop"
     )
-    write_chosen(out, chosen_by(runs))
+    write_chosen(out, chosen_by(runs, runs.calibration()))
 
 
 def score(fleet: Fleet, rows: Rows, hazard: NDArray[np.floating[Any]], info: BundleInfo) -> float:

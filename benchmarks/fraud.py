@@ -26,7 +26,7 @@ from apps.fraud.trial import LoadProcess, Offer, Outcome, run_trial
 from apps.fraud.watch import Watch, open_watch_stream
 from benchmarks.fraud_rig import make_topics
 from benchmarks.real_kafka import RealKafka
-from benchmarks.results import append_row
+from benchmarks.results import RESULTS, append_row
 
 if TYPE_CHECKING:
     from cluster.loading import ModelSource
@@ -100,7 +100,7 @@ def main(args: argparse.Namespace, source: "ModelSource | None" = None) -> int:
         "device": args.device,
         "model": str(args.models or "shipped") if source is None else "injected",
     }
-    path = append_row(args.results or Path(__file__).parent / "results", "fraud", setting | figures)
+    path = append_row(args.results or RESULTS, "fraud", setting | figures)
     print(f"\nevent time is compressed to the offered rate; row appended to {path.name}")
     if args.profile is not None:
         for report in sorted(args.profile.glob("stages-*.json")):

@@ -39,7 +39,7 @@ from apps.imaging.training.baselines import Kind as Peer
 from apps.imaging.training.baselines import make_net
 from benchmarks.imaging_cases import SERIES, studies, whole_body
 from benchmarks.imaging_rig import OUTPUTS, ROOT, Desk, models_of
-from benchmarks.results import append_row
+from benchmarks.results import RESULTS, append_row
 from cluster.errors import ConfigurationError
 from cluster.local import LocalClient
 
@@ -190,9 +190,7 @@ def main(args: argparse.Namespace) -> int:
         for stage, found in stages.items():
             print(f"  {stage:10} p50 {found['p50']:7.2f} s   p95 {found['p95']:7.2f} s")
     print("weights of the peers are untrained, which the time to infer does not depend on")
-    path = append_row(
-        args.results or Path(__file__).parent / "results", "imaging", _row(args, figures)
-    )
+    path = append_row(args.results or RESULTS, "imaging", _row(args, figures))
     print(f"row appended to {path.name}")
     line = json.dumps(figures)
     if args.json:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def append_row(folder: Path, subject: str, row: Mapping[str, object]) -> Path:
     """Append a row with time, commit and machine; return the file."""

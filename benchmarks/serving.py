@@ -20,10 +20,9 @@ import os
 import sys
 import time
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-from benchmarks.results import append_row
+from benchmarks.results import RESULTS, append_row
 
 CASES = {
     "mixed": "benchmarks.serving_mixed",
@@ -74,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
     setting = {"device": args.device, "preset": args.preset, "cores": len(os.sched_getaffinity(0))}
     for case, values in figures.items():
         row = {"case": case, **setting, "figures": json.dumps(values)}
-        append_row(args.results or Path(__file__).parent / "results", "serving", row)
+        append_row(args.results or RESULTS, "serving", row)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
     sys.stdout.write(json.dumps(figures) + "\n")

@@ -37,7 +37,10 @@ def admit(request: InferRequest, tasks: Mapping[str, TaskSpec], num_layers: int)
         raise _invalid(request, f"extras {sorted(spec.extras)}", sorted(request.extras))
     for name, extra in spec.extras.items():
         _check_extra(request, name, extra)
-    return Work.cut(_count_tokens(request, spec), spec.chunk_tokens, num_layers)
+    tokens = _count_tokens(request, spec)
+    if spec.pieces > 1:
+        return Work.even(tokens, spec.pieces)
+    return Work.cut(tokens, spec.chunk_tokens, num_layers)
 
 
 def _check_extra(request: InferRequest, name: str, extra: ExtraSpec) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -60,7 +61,7 @@ class CoreReplica:
 
     async def status(self) -> Mapping[str, Any]:
         """Return what is loaded and how busy it is."""
-        return {**self._engine.status(), "aliases_error": self._trouble}
+        return {"pid": os.getpid(), **self._engine.status(), "aliases_error": self._trouble}
 
     async def check_health(self) -> None:
         """Tell Serve whether this replica works; the first answer waits for the warm-up.

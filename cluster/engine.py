@@ -92,7 +92,6 @@ class Engine:
         self._progress: WeakKeyDictionary[Job, _Progress] = WeakKeyDictionary()
         self._warm_keys: set[tuple[str, int]] = set()  # a first step of a size may compile kernels
         self._background: set[asyncio.Task[None]] = set()
-        self._num_steps = 0
         self._num_failed_in_a_row = 0
         self._heartbeat = self._step_ended = self._busy_until = clock()
         self._launch_ms = 0.0
@@ -117,7 +116,7 @@ class Engine:
         version = version or self.aliases.stable
         for spec in self._models[version].runner.tasks.values():
             for num_sequences in WARM_UP_SEQUENCES:
-                room = max(1, WARM_UP_TOKENS // spec.max_tokens)
+                room = 1 if spec.pieces > 1 else max(1, WARM_UP_TOKENS // spec.max_tokens)
                 request = blank_request(spec, min(num_sequences, room))
                 await self._answer(request, version)
 
@@ -178,7 +177,7 @@ class Engine:
             "waiting": self._scheduler.num_waiting,
             "queued_tokens": {str(each): tokens for each, tokens in queued.items()},
             "predicted_delay_ms": round(self._scheduler.predicted_delay_ms, 3),
-            "steps": self._num_steps,
+            **self._telemetry.composition(),
             "stalled_s": round(self.stalled_s, 3),
             "failed_steps_in_a_row": self._num_failed_in_a_row,
         }
@@ -322,7 +321,6 @@ class Engine:
         is_typical = error is None and keys <= self._warm_keys
         self._scheduler.finish(step, elapsed_ms if is_typical else None)
         self._warm_keys |= keys
-        self._num_steps += 1
         self._num_failed_in_a_row = 0 if is_healthy else self._num_failed_in_a_row + 1
         self._telemetry.step(step, elapsed_ms, self._scheduler)
         self._deliver(step)

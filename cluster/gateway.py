@@ -19,19 +19,16 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.api import ApiSettings, build_api
 from cluster.backend import Backend
-from cluster.errors import ConfigurationError, UnavailableError
-from cluster.handle import HandleClient, translate
+from cluster.errors import ConfigurationError
+from cluster.handle import HandleClient, fetch_status
 from cluster.keys import KEYS_VARIABLE, KeyFile, keys_path_from_environment
 from cluster.ray_metrics import RayRecorder, fetch_metrics_page
 from core_model.tasks import registered_tasks
 
-STATUS_TIMEOUT_S = 5.0
 STATUS_KEPT_S = 0.5  # anybody may ask /readyz; the core is not asked more often than this
 
 
@@ -76,15 +73,7 @@ class CoreStatus:
             return self._report
 
     async def _ask(self) -> Mapping[str, Any]:
-        try:
-            async with asyncio.timeout(STATUS_TIMEOUT_S):
-                status = self._core.options(method_name="status")
-                report: Mapping[str, Any] = await status.remote()
-        except (RayError, RayServeException) as error:
-            raise translate(error) from error
-        except TimeoutError as error:
-            message = f"core: expected a status within {STATUS_TIMEOUT_S:.0f} s, got none"
-            raise UnavailableError(message) from error
+        report = await fetch_status(self._core)
         nodes = await asyncio.to_thread(ray.nodes)
         alive = [node for node in nodes if node["Alive"]]
         return {**report, "ray": ray.__version__, "ray_nodes": len(alive)}

@@ -1,5 +1,7 @@
 """The client over a Ray Serve handle: object store for large requests, retries, our errors."""
 
+import asyncio
+from collections.abc import Mapping
 from typing import Any, Final
 
 import ray
@@ -22,6 +24,7 @@ APP_NAME: Final = "trimoe"
 CORE_NAME: Final = "InferenceCore"
 RETRY: Final = RetryPolicy(silent_share=0.5)  # then there is as much time for another replica
 OBJECT_STORE_BYTES = 2**20  # larger requests go by reference (design.md section 2)
+STATUS_TIMEOUT_S = 5.0
 
 
 class HandleClient:
@@ -40,6 +43,10 @@ class HandleClient:
     async def infer(self, request: InferRequest) -> InferResponse:
         """Answer one request (see ``cluster.client.Client``)."""
         return await self._retry.send(request, self._attempt)
+
+    async def status(self) -> Mapping[str, Any]:
+        """Return what a replica reports of itself (see ``fetch_status``)."""
+        return await fetch_status(self._handle)
 
     async def _attempt(self, request: InferRequest) -> InferResponse:
         self._refusals.check(request)
@@ -85,6 +92,23 @@ def connect_blocking() -> HandleClient:
     if not handle.is_initialized:
         handle._init(_run_router_in_separate_loop=True)
     return HandleClient(handle)
+
+
+async def fetch_status(core: DeploymentHandle[Any]) -> Mapping[str, Any]:
+    """Return what a replica of the core reports: what is loaded, how busy it is, of what steps are.
+
+    Raises:
+        UnavailableError: None answers.
+    """
+    try:
+        async with asyncio.timeout(STATUS_TIMEOUT_S):
+            report: Mapping[str, Any] = await core.options(method_name="status").remote()
+    except (RayError, RayServeException) as error:
+        raise translate(error) from error
+    except TimeoutError as error:
+        message = f"core: expected a status within {STATUS_TIMEOUT_S:.0f} s, got none"
+        raise UnavailableError(message) from error
+    return report
 
 
 def translate(error: Exception) -> TrimoeError:

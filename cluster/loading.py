@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -113,10 +113,12 @@ def load_checkpoint(path: Path, device: str = "cpu") -> LoadedModel:
     if device != "cpu":
         model.graphs = graphs.BlockGraphs(model)
         model.graphs.capture()
-    registry = registered_tasks()
+    tasks = {task: registered_tasks()[task] for task in manifest.tasks}
+    if device != "cpu":  # where a sequence takes milliseconds, whole
+        tasks = {task: replace(spec, pieces=1) for task, spec in tasks.items()}
     runner = StepRunner(
         model=model,
-        tasks={task: registry[task] for task in manifest.tasks},
+        tasks=tasks,
         num_experts=model.config.num_experts,
         num_layers=model.config.num_layers,
         device=device,

@@ -23,7 +23,7 @@ from cluster.membership import NAMESPACE, join, prepare_to_join
 from cluster.registry import Registry
 
 if TYPE_CHECKING:
-    from cluster.client import Client
+    from cluster.handle import HandleClient
     from cluster.loading import ModelSource
 
 LOOPBACK = "127.0.0.1"
@@ -92,12 +92,12 @@ class Platform:
     """A running platform.
 
     Args:
-        client: Reaches the model; for async callers and ``infer_blocking``.
+        client: Reaches the model, and what it reports; for async callers and ``infer_blocking``.
         url: Root of the HTTP door, if there is one.
         is_local: Whether Ray was started for it.
     """
 
-    client: "Client"
+    client: "HandleClient"
     url: str | None
     is_local: bool = True
 
@@ -197,7 +197,7 @@ def start_ray(config: PlatformConfig) -> None:
     )
 
 
-def _run_application(config: PlatformConfig, source: "ModelSource") -> "Client":
+def _run_application(config: PlatformConfig, source: "ModelSource") -> "HandleClient":
     from ray import serve  # noqa: PLC0415 - as above
 
     from cluster.deployments import InferenceCore  # noqa: PLC0415

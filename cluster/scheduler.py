@@ -6,7 +6,7 @@ Rules:
        deadline farther than ``ageing_ms`` counts as that far, so that nobody waits behind later
        arrivals for longer.
     3. Stream goes before interactive before batch, but a class that waits earns a floor
-       share of the tokens that others run, and that credit goes before everything.  What it
+       share of the time that others run, and that credit goes before everything.  What it
        got of idle room shortly before counts against it.
     4. Within a class a tenant that has had more than its weighted share, by ``tenant_lead_ms``
        of work, lets the others go first.
@@ -55,6 +55,8 @@ class Limits:
         queue_per_tenant: Waiting requests of one tenant at most.
         tokens_per_tenant: Waiting tokens of one tenant at most, unless it is a single request.
         max_step_ms: A step of interactive and batch work is planned to take no longer.
+        beside_stream_ms: Nor longer than this while a stream is expected, because of a stream
+            request that just misses a step the whole of it is latency.
         deadline_fraction: No step is planned to take more of the tightest deadline.
         deadline_memory_s: How long a tight deadline is remembered.
         admit_share: What is not expected to be done within so much of its deadline is refused;
@@ -63,7 +65,8 @@ class Limits:
         ageing_ms: The farthest that a deadline counts.
         spare_share: Share of the time that spare work may take.
         spare_queue: Spare requests that may wait.
-        floor_share: Tokens a waiting class is owed, as a share of all tokens.
+        floor_share: Work a waiting class is owed, as a share of all work; a token of one task may
+            take ten times as long as one of another.
         floor_lead_ms: Work in idle room that counts against what a class is owed later, at most.
         tenant_weights: Share of a tenant within a class, 1 if not named.
         tenant_lead_ms: Work by which a tenant may be ahead of its share before it yields.
@@ -74,6 +77,7 @@ class Limits:
     max_step_ms: float = (
         150.0  # what the first stream request waits at worst; later ones are expected
     )
+    beside_stream_ms: float = 35.0  # p99 of a fraud stream beside CT cases, docs/log.md#beside
     deadline_fraction: float = 0.25  # step <= SLO / 4 (facts: between SLO / 3 and SLO / 5)
     deadline_memory_s: float = 10.0
     admit_share: float = 0.85  # at 1.0 callers gave up on a seventh of what was computed
@@ -168,13 +172,14 @@ class _Plan:
         self._cost = cost
         self.spans: dict[Job, tuple[int, int]] = {}
 
-    def take(self, job: Job, room_ms: float, credit: float) -> int:
-        """Add leading pieces of the job within budget and credit; return their tokens."""
+    def take(self, job: Job, room_ms: float, credit_ms: float) -> float:
+        """Add leading pieces of the job within budget and credit; return the work in them, ms."""
         token_ms = self._cost.token_ms(job.cost_key)
         first, tokens = job.next_piece, job.work.tokens
         is_first_of_stream = not self.spans and job.request.service_class is ServiceClass.STREAM
         if is_first_of_stream and job.tokens_left * token_ms <= 2 * room_ms:
             room_ms = 2 * room_ms
+        credit = credit_ms / token_ms
         allowed = min(credit, (room_ms - self._used_ms) / token_ms)
         last = first + int(np.searchsorted(tokens[first:].cumsum(), allowed, side="right"))
         if last == first and not self.spans and tokens[first] <= credit:
@@ -185,7 +190,7 @@ class _Plan:
             job.next_piece = last
             job.tokens_left -= taken
             self._used_ms += taken * token_ms
-        return taken
+        return taken * token_ms
 
 
 class Scheduler:
@@ -204,7 +209,7 @@ class Scheduler:
         self._clock = clock
         self._limits = limits or Limits()
         self._queues: dict[ServiceClass, list[Job]] = {each: [] for each in PRECEDENCE}
-        self._credit = dict.fromkeys(PRECEDENCE, 0.0)
+        self._credit_ms = dict.fromkeys(PRECEDENCE, 0.0)
         self._shares = {
             each: TenantShares(self._limits.tenant_weights, self._limits.tenant_lead_ms)
             for each in PRECEDENCE
@@ -292,7 +297,7 @@ class Scheduler:
         self._drop_hopeless()
         plan = _Plan(self._cost)
         for each in reversed(PRECEDENCE):
-            self._credit[each] -= self._fill(plan, each, self._credit[each])
+            self._credit_ms[each] -= self._fill(plan, each, self._credit_ms[each])
         for each in PRECEDENCE:
             self._earn(each, self._fill(plan, each, np.inf))
         step = [Slice(job, first, last) for job, (first, last) in plan.spans.items()]
@@ -410,41 +415,42 @@ class Scheduler:
             expected_ms = min(self._recent_ms(other) for other in above)
             fraction_ms = self._limits.deadline_fraction * expected_ms
             budget_ms = min(budget_ms, self._limits.max_step_ms, fraction_ms)
+            if self._recent_ms(ServiceClass.STREAM) < np.inf:
+                budget_ms = min(budget_ms, self._limits.beside_stream_ms)
         return max(budget_ms - self._cost.step_ms, self._cost.step_ms, MIN_ROOM_MS)
 
-    def _fill(self, plan: _Plan, each: ServiceClass, credit: float) -> int:
-        """Move pieces of a class into the step, in deadline order; return their tokens.
+    def _fill(self, plan: _Plan, each: ServiceClass, credit_ms: float) -> float:
+        """Move pieces of a class into the step, in deadline order; return the work in them, ms.
 
         Tenants ahead of their share come after the others.
         """
-        if not self._queues[each] or credit <= 0:
-            return 0
+        if not self._queues[each] or credit_ms <= 0:
+            return 0.0
         room_ms, shares = self._room_ms(each), self._shares[each]
         ahead = shares.ahead()
         waiting = [job for job in self._queues[each] if not job.is_planned]
         in_order = [job for job in waiting if job.request.tenant not in ahead]
         in_order += [job for job in waiting if job.request.tenant in ahead]
-        taken = 0
+        taken_ms = 0.0
         for job in in_order:
-            tokens = plan.take(job, room_ms, credit - taken)
-            shares.charge(job.request.tenant, tokens * self._cost.token_ms(job.cost_key))
-            taken += tokens
+            work_ms = plan.take(job, room_ms, credit_ms - taken_ms)
+            shares.charge(job.request.tenant, work_ms)
+            taken_ms += work_ms
             if not job.is_planned:
                 break
-        return taken
+        return taken_ms
 
-    def _earn(self, served: ServiceClass, tokens: int) -> None:
-        """Credit the waiting classes for tokens that another ran; their own count against it."""
+    def _earn(self, served: ServiceClass, work_ms: float) -> None:
+        """Credit the waiting classes for work that another ran; their own counts against it."""
         for each, share in self._limits.floor_share.items():
             waits = any(not job.is_planned for job in self._queues[each])
             if not waits:
-                self._credit[each] = 0.0
+                self._credit_ms[each] = 0.0
             elif each is not served:
-                self._credit[each] += tokens * share / (1 - share)
+                self._credit_ms[each] += work_ms * share / (1 - share)
             else:
-                token_ms = self._cost.token_ms(self._queues[each][0].cost_key)
-                lead = self._limits.floor_lead_ms / token_ms
-                self._credit[each] = max(self._credit[each] - tokens, -lead)
+                lead_ms = self._limits.floor_lead_ms
+                self._credit_ms[each] = max(self._credit_ms[each] - work_ms, -lead_ms)
 
     def _drop_hopeless(self) -> None:
         now = self._clock()

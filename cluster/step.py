@@ -1,8 +1,9 @@
 """One step on the device: pack pieces of many requests, run the model, split the answers.
 
-Whole sequences are packed task by task, end to end; nothing is padded.  Chunks of long
-sequences run beside them, one layer's chunk a piece.  The split is exact: outputs and
-routed experts go to the request whose sequence made them.
+Whole sequences are packed task by task, end to end; nothing is padded.  Sequences that are cut
+run beside them, some pieces a step: chunks of a long one's layers, or parts of what a task's
+adapter and head do for one, whose tokens then pass the blocks together with all others.  The
+split is exact: outputs and routed experts go to the request whose sequence made them.
 
 ``launch`` only starts the work of a GPU; ``collect`` waits for it, so the next step can be
 packed meanwhile.
@@ -24,7 +25,8 @@ from torch import Tensor
 from cluster.scheduler import Job, Slice, Step
 from cluster.schemas import SequenceStatus
 from core_model.chunks import LongSequence
-from core_model.packing import Encoded, RaggedBatch
+from core_model.packing import Encoded, RaggedBatch, concat_cu_seqlens
+from core_model.pieces import PiecedAdapter, PiecedHead, PiecedSequence
 from core_model.tasks import TaskSpec
 
 if TYPE_CHECKING:
@@ -53,12 +55,33 @@ class Span(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """Some pieces of one sequence that a slice runs; the last ones complete it."""
+    """Some pieces of one sequence that a slice runs: up to the piece ``until``, exclusive."""
 
     part: Slice
     sequence: int
-    num_pieces: int
+    until: int
     is_last: bool
+
+    @property
+    def task(self) -> str:
+        """Its task."""
+        return self.part.job.request.task
+
+    @property
+    def span(self) -> Span:
+        """The sequence, whole."""
+        return Span(self.part, self.sequence, self.sequence + 1)
+
+
+@dataclass(slots=True)
+class _Long:
+    """A long sequence on its way up, and what its adapter made."""
+
+    chunks: LongSequence
+    encoded: Encoded
+
+
+_UnderWay = _Long | PiecedSequence
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,7 +151,7 @@ class StepRunner:
     num_experts: int
     num_layers: int
     device: str = "cpu"
-    _long: "WeakKeyDictionary[Job, dict[int, tuple[LongSequence, Encoded]]]" = field(
+    _under_way: "WeakKeyDictionary[Job, dict[int, _UnderWay]]" = field(
         default_factory=WeakKeyDictionary, init=False
     )
 
@@ -141,15 +164,18 @@ class StepRunner:
         """Pack a step and start it; called on the executor thread only."""
         units = [unit for part in step for unit in _units(part)]
         spans = sorted((u for u in units if isinstance(u, Span)), key=lambda span: span.task)
+        cut = [unit for unit in units if isinstance(unit, Chunks)]
+        by_task = {task: list(run) for task, run in groupby(spans, lambda span: span.task)}
+        batches = {task: self._pack(task, run) for task, run in by_task.items()}
+        ready = [each for each in map(self._up_to_blocks, cut) if each is not None]
         raws = []
-        if spans:
-            by_task = {task: list(run) for task, run in groupby(spans, lambda span: span.task)}
-            output = self.model({task: self._pack(task, run) for task, run in by_task.items()})
+        if batches or ready:
+            output = self._run_together(batches, ready) if ready else self.model(batches)
             raws.append(self._start_copy(by_task, output))
         raws += [
-            self._start_copy({unit.part.job.request.task: [unit]}, complete)
-            for unit in units
-            if isinstance(unit, Chunks) and (complete := self._advance(unit)) is not None
+            self._start_copy({unit.task: [unit]}, complete)
+            for unit in cut
+            if (complete := self._advance(unit)) is not None
         ]
         done = None
         if self.device != "cpu":
@@ -168,25 +194,81 @@ class StepRunner:
                 found[unit.part][first] = answer
         return {part: [by[first] for first in sorted(by)] for part, by in found.items()}
 
-    def _advance(self, chunks: Chunks) -> "StepOutput | None":
-        """Run pieces of a long sequence; return its output once it is complete."""
+    def _begin(self, unit: Chunks) -> _UnderWay:
+        """Return the sequence of a unit, which is under way or begins now."""
+        under_way = self._under_way.setdefault(unit.part.job, {})
+        if unit.sequence not in under_way:
+            task, model = unit.task, cast("MoETransformer", self.model)
+            spec, adapter = self.tasks[task], model.adapters[task]
+            batch = self._pack(task, [unit.span])
+            if spec.pieces > 1:
+                pieced, head = cast("PiecedAdapter", adapter), cast("PiecedHead", model.heads[task])
+                under_way[unit.sequence] = PiecedSequence(pieced, head, batch)
+            else:
+                encoded: Encoded = adapter(batch)
+                chunks = LongSequence(model, encoded, spec.chunk_tokens)
+                under_way[unit.sequence] = _Long(chunks, encoded)
+        return under_way[unit.sequence]
+
+    def _up_to_blocks(self, unit: Chunks) -> PiecedSequence | None:
+        """Run pieces of an adapter; return the sequence if that of the blocks comes in this step."""
+        sequence = self._begin(unit)
+        if not isinstance(sequence, PiecedSequence):
+            return None
+        while sequence.num_done < unit.until and not sequence.is_before_blocks:
+            self._next_piece(unit, sequence.advance)
+        return sequence if sequence.num_done < unit.until else None
+
+    def _run_together(
+        self, batches: Mapping[str, RaggedBatch], ready: Sequence[PiecedSequence]
+    ) -> "StepOutput":
+        """Run whole sequences, and others whose adapter is done, through the blocks in one call."""
         from core_model.model import StepOutput  # noqa: PLC0415 - the model is duck-typed in tests
 
-        job, model = chunks.part.job, cast("MoETransformer", self.model)
-        task, under_way = job.request.task, self._long.setdefault(job, {})
-        if chunks.sequence not in under_way:
-            span = Span(chunks.part, chunks.sequence, chunks.sequence + 1)
-            encoded: Encoded = model.adapters[task](self._pack(task, [span]))
-            long = LongSequence(model, encoded, self.tasks[task].chunk_tokens)
-            under_way[chunks.sequence] = long, encoded
-        long, encoded = under_way[chunks.sequence]
-        for _ in range(chunks.num_pieces):
-            long.advance()
-        if not chunks.is_last:
+        model = cast("MoETransformer", self.model)
+        encoded: dict[str, Encoded] = {
+            task: model.adapters[task](batch) for task, batch in batches.items()
+        }
+        others = [each.encoded for each in ready if each.encoded is not None]
+        pieces, experts = model.run_encoded([*encoded.values(), *others])
+        chosen = experts.split([piece.shape[0] for piece in pieces], dim=1)
+        num = len(encoded)
+        for each, tokens, own in zip(ready, pieces[num:], chosen[num:], strict=True):
+            each.pass_blocks(tokens, own)
+        outputs = {
+            task: model.heads[task](piece, encoded[task])
+            for task, piece in zip(encoded, pieces[:num], strict=True)
+        }
+        offsets_of = [each.cu_tokens for each in encoded.values()] or [experts.new_zeros(1)]
+        cu_tokens = concat_cu_seqlens(offsets_of)
+        return StepOutput(outputs, experts[:, : int(cu_tokens[-1])], cu_tokens)
+
+    def _advance(self, unit: Chunks) -> "StepOutput | None":
+        """Run the pieces of a unit that are left; return its output once it is complete."""
+        from core_model.model import StepOutput  # noqa: PLC0415 - as above
+
+        sequence = self._begin(unit)
+        work = sequence if isinstance(sequence, PiecedSequence) else sequence.chunks
+        while work.num_done < unit.until:
+            self._next_piece(unit, work.advance)
+        if not unit.is_last:
             return None
-        del under_way[chunks.sequence]
-        outputs = {task: model.heads[task](long.tokens_TD, encoded)}
-        return StepOutput(outputs, long.experts_LTK, encoded.cu_tokens)
+        if isinstance(sequence, PiecedSequence):
+            complete = sequence.complete()
+        else:
+            head = cast("MoETransformer", self.model).heads[unit.task]
+            output = head(sequence.chunks.tokens_TD, sequence.encoded)
+            complete = output, sequence.chunks.experts_LTK, sequence.encoded.cu_tokens
+        del self._under_way[unit.part.job][unit.sequence]
+        return StepOutput({unit.task: complete[0]}, *complete[1:])
+
+    def _next_piece(self, unit: Chunks, advance: Callable[[], None]) -> None:
+        """Run a piece; a sequence in which one fails begins anew when it is tried again."""
+        try:
+            advance()
+        except BaseException:
+            self._under_way[unit.part.job].pop(unit.sequence)
+            raise
 
     def _pack(self, task: str, spans: Sequence[Span]) -> RaggedBatch:
         requests = [span.part.job.request for span in spans]
@@ -266,16 +348,16 @@ def _units(part: Slice) -> Iterator[Span | Chunks]:
     if not work.is_cut:  # pieces are sequences
         yield Span(part, part.first, part.last)
         return
-    sequence, is_whole = work.sequence[part.first : part.last], work.is_whole
+    is_whole = work.is_whole
     for whole, run in groupby(range(part.first, part.last), key=lambda piece: is_whole[piece]):
         pieces = work.sequence[list(run)]
         if whole:
             yield Span(part, int(pieces[0]), int(pieces[-1]) + 1)
             continue
         for number in dict.fromkeys(pieces.tolist()):
-            after = part.last == work.num_pieces or work.sequence[part.last] != number
-            is_last = after or number != int(sequence[-1])
-            yield Chunks(part, number, int((pieces == number).sum()), is_last)
+            first, last = np.searchsorted(work.sequence, [number, number + 1]).tolist()
+            until = min(last, part.last)
+            yield Chunks(part, number, until - first, until == last)
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """What a replica measures about its own work: turns events of the engine into metrics."""
 
 import time
-from collections import defaultdict
-from typing import TYPE_CHECKING
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,9 +31,27 @@ class Telemetry:
         self._next_s = 0.0
         self._load: dict[str, NDArray[np.int64]] = {}
         self._unsent: defaultdict[str, NDArray[np.int64] | int] = defaultdict(int)
+        self._step_tokens: Counter[tuple[str, str]] = Counter()
+        self._num_steps = 0
+        self._num_mixed = 0
+
+    def composition(self) -> Mapping[str, Any]:
+        """Return what steps were made of since the start; plain values only.
+
+        Two of these, some time apart, say it of the steps between them.
+        """
+        tokens: dict[str, dict[str, int]] = {}
+        for (task, each), num in sorted(self._step_tokens.items()):
+            tokens.setdefault(task, {})[each] = num
+        return {"steps": self._num_steps, "mixed_steps": self._num_mixed, "step_tokens": tokens}
 
     def step(self, step: "Step", elapsed_ms: float, scheduler: "Scheduler") -> None:
         """A step has ended."""
+        self._num_steps += 1
+        self._num_mixed += len({part.job.request.task for part in step}) > 1
+        for part in step:
+            request = part.job.request
+            self._step_tokens[request.task, str(request.service_class)] += part.num_tokens
         record = self._recorder.record
         record("trimoe_step_ms", elapsed_ms, {})
         record("trimoe_step_tokens", sum(part.num_tokens for part in step), {})

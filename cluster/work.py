@@ -1,7 +1,8 @@
 """What a request is cut into: the pieces that the scheduler spreads over steps.
 
-A piece is a whole sequence, or one chunk of one layer of a long one whose task allows it
-(``core_model.chunks``).  Pieces of a sequence are consecutive and run in order.
+A piece is a whole sequence; or one chunk of one layer of a long one whose task allows it
+(``core_model.chunks``); or a part of what adapter, blocks and head do for one, where its task
+says so (``core_model.pieces``).  Pieces of a sequence are consecutive and run in order.
 
 Legend: P pieces, B sequences.
 """
@@ -54,6 +55,12 @@ class Work:
         return cls(
             np.maximum(pieces.astype(np.int64), 1), np.repeat(np.arange(tokens.size), counts)
         )
+
+    @classmethod
+    def even(cls, tokens: NDArray[np.int64], pieces: int) -> "Work":
+        """Cut every sequence into so many pieces, whose tokens add up to its own."""
+        ends = tokens[:, None] * np.arange(pieces + 1) // pieces
+        return cls(np.diff(ends, axis=1).ravel(), np.repeat(np.arange(tokens.size), pieces))
 
     @property
     def num_pieces(self) -> int:

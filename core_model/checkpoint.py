@@ -1,8 +1,11 @@
 """Checkpoints: a safetensors file beside a manifest that says what it is and proves it.
 
     DIR/manifest.json       config, tasks, sha256, data, metrics, command
-    DIR/model.safetensors   tensors; floating weights in float16, tree arrays as they are
+    DIR/model.safetensors   tensors; floating weights in float16, thresholds and leaves of trees
+                            exact, whole numbers in the narrowest type that holds them
 
+Where every tree has one answer, the embedding of a leaf repeats the leaf in that answer's
+place; then only which answer each tree has is stored (``tree_answer_SE``).
 No pickle is read or written.
 """
 
@@ -13,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,11 +25,14 @@ from core_model.config import MoEConfig
 from core_model.model import MoETransformer
 from core_model.series import SeriesAdapter
 from core_model.tabular import TabularAdapter
+from core_model.trees import answers_of, embed_answers
 from kernels.trees import TreeEnsemble
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 EXACT = ("tree_threshold_SN", "tree_leaf_SL", "tree_base", "expert_bias", "context_mean")
+ANSWER = "tree_answer_SE"
+WHOLE = (torch.uint8, torch.int16, torch.int32)
 
 
 class CheckpointError(ValueError):
@@ -64,8 +71,34 @@ def _sha256(path: Path) -> str:
 
 
 def _narrow(name: str, tensor: Tensor) -> Tensor:
-    exact = not tensor.is_floating_point() or name.endswith(EXACT)
-    return tensor.detach().cpu().contiguous() if exact else tensor.detach().cpu().half()
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point():
+        return tensor.contiguous() if name.endswith(EXACT) else tensor.half()
+    if tensor.dtype == torch.bool or tensor.numel() == 0:
+        return tensor.contiguous()
+    low, high = int(tensor.min()), int(tensor.max())
+    held = (t for t in WHOLE if torch.iinfo(t).min <= low and high <= torch.iinfo(t).max)
+    return tensor.to(next(held, tensor.dtype)).contiguous()
+
+
+def _stored(model: MoETransformer) -> dict[str, Tensor]:
+    """Return what is written, by name."""
+    tensors = {name: _narrow(name, value) for name, value in model.state_dict().items()}
+    for task, adapter in _with_trees(model).items():
+        answer_SE = answers_of(adapter.ensemble)
+        if answer_SE is not None:
+            del tensors[f"adapters.{task}.tree_leaf_embedding_SLE"]
+            tensors[f"adapters.{task}.{ANSWER}"] = answer_SE.cpu()
+    return tensors
+
+
+def _with_trees(model: MoETransformer) -> dict[str, TabularAdapter | SeriesAdapter]:
+    """Return the adapters that have trees, by task."""
+    return {
+        task: adapter
+        for task, adapter in model.adapters.items()
+        if isinstance(adapter, TabularAdapter | SeriesAdapter)
+    }
 
 
 def save_checkpoint(
@@ -79,8 +112,7 @@ def save_checkpoint(
 ) -> Manifest:
     """Write weights and manifest; return the manifest."""
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: _narrow(name, value) for name, value in model.state_dict().items()}
-    save_file(tensors, directory / WEIGHTS)
+    save_file(_stored(model), directory / WEIGHTS)
     manifest = Manifest(
         version=version,
         config=model.config.to_dict(),
@@ -137,13 +169,19 @@ def load_checkpoint(directory: Path, device: str = "cpu") -> tuple[MoETransforme
 def _fill(model: MoETransformer, tensors: Mapping[str, Tensor]) -> None:
     """Copy stored tensors into the model, tree ensembles first: their sizes are data."""
     wide = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-    for task, adapter in model.adapters.items():
-        if isinstance(adapter, TabularAdapter | SeriesAdapter):
-            prefix = f"adapters.{task}.tree_"
-            missing = sorted(name for name in TreeEnsemble._fields if prefix + name not in wide)
-            if missing:
-                message = f"expected the tree arrays of {task}, missing {missing}"
-                raise CheckpointError(message)
-            arrays = {name: wide[prefix + name] for name in TreeEnsemble._fields}
-            adapter.set_ensemble(TreeEnsemble(**arrays))
+    for task, adapter in _with_trees(model).items():
+        prefix = f"adapters.{task}.tree_"
+        answer_SE, leaf_SL = (
+            wide.pop(f"adapters.{task}.{ANSWER}", None),
+            wide.get(f"{prefix}leaf_SL"),
+        )
+        if answer_SE is not None and leaf_SL is not None:
+            wide[f"{prefix}leaf_embedding_SLE"] = embed_answers(leaf_SL, answer_SE)
+        missing = sorted(name for name in TreeEnsemble._fields if prefix + name not in wide)
+        if missing:
+            message = f"expected the tree arrays of {task}, missing {missing}"
+            raise CheckpointError(message)
+        own = adapter.ensemble._asdict().items()
+        arrays = {name: wide[prefix + name].to(usual.dtype) for name, usual in own}
+        adapter.set_ensemble(TreeEnsemble(**arrays))
     model.load_state_dict(wide)

@@ -64,6 +64,7 @@ class LongSequence:
             slice(start, min(start + chunk_tokens, num_tokens))
             for start in range(0, num_tokens, chunk_tokens)
         ]
+        self.num_done = 0  # pieces
         self._layer = 0  # the layer that the next piece hands its tokens to
         self._chunk = 0
 
@@ -74,6 +75,7 @@ class LongSequence:
 
     def advance(self) -> None:
         """Run the next piece."""
+        self.num_done += 1
         chunk = self._chunks[self._chunk]
         residual_nD: Tensor | None = None
         branch_nD = self._branch_TD[chunk]

@@ -114,16 +114,23 @@ class MoETransformer(nn.Module):
         encoded: dict[str, Encoded] = {
             task: self.adapters[task](batch) for task, batch in batches.items()
         }
-        parts = list(encoded.values())
+        pieces, experts_LTK = self.run_encoded(list(encoded.values()))
+        cu_tokens = concat_cu_seqlens([part.cu_tokens for part in encoded.values()])
+        return Step(dict(zip(encoded, pieces, strict=True)), encoded, experts_LTK, cu_tokens)
+
+    def run_encoded(self, parts: Sequence[Encoded]) -> tuple[Sequence[Tensor], Tensor]:
+        """Run what adapters made through the blocks in one call.
+
+        Returns:
+            The tokens of each part, and the chosen experts of all, int32 [L, T, K].
+        """
         run = self.run_blocks if self.graphs is None else self.graphs.run
         tokens_TD, experts_LTK = run(
             torch.cat([part.tokens_TD for part in parts]).to(self.final_norm.dtype),
             merge_groups([part.spans for part in parts]),
         )
         tokens_TD = tokens_TD.to(parts[0].tokens_TD.dtype)
-        pieces = tokens_TD.split([part.tokens_TD.shape[0] for part in parts])
-        cu_tokens = concat_cu_seqlens([part.cu_tokens for part in parts])
-        return Step(dict(zip(encoded, pieces, strict=True)), encoded, experts_LTK, cu_tokens)
+        return tokens_TD.split([part.tokens_TD.shape[0] for part in parts]), experts_LTK
 
     def run_blocks(
         self,

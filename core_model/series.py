@@ -28,7 +28,7 @@ from core_model.series_tasks import (
     FIRST_VALUE,
     SeriesShape,
 )
-from core_model.trees import empty_ensemble, ensemble_from_xgboost
+from core_model.trees import embed_answers, empty_ensemble, ensemble_from_xgboost
 from kernels.trees import TreeEnsemble, tree_ensemble
 
 KNOTS = (3.0, 6.0, 12.0, 24.0, 36.0, 48.0, 72.0, 168.0, 360.0, 720.0)  # hours or cycles
@@ -65,9 +65,8 @@ def ensemble_of_answers(model: Mapping[str, Any], num_features: int) -> TreeEnse
     answer_S = torch.tensor(learner["gradient_booster"]["model"]["tree_info"], dtype=torch.int64)
     widths = learner["learner_model_param"]
     num_answers = max(int(widths["num_class"]), int(widths["num_target"]))
-    answer_SE = functional.one_hot(answer_S, num_answers).float()
-    embedding_SLE = plain.leaf_SL.unsqueeze(-1) * answer_SE.unsqueeze(1)
-    return plain._replace(leaf_embedding_SLE=embedding_SLE)
+    answer_SE = functional.one_hot(answer_S, num_answers)
+    return plain._replace(leaf_embedding_SLE=embed_answers(plain.leaf_SL, answer_SE))
 
 
 class SeriesAdapter(nn.Module):

@@ -69,6 +69,8 @@ class TaskSpec:
         extras: Arrays a request must carry.
         agree_within: Difference of the first output up to which two versions agree.
         columns: Names of the columns of a request row, in order; empty if they have none.
+        pieces: Of about equal work that a sequence is run in on a CPU, the blocks being one; if
+            there are several, adapter and head have ``in_pieces`` (``core_model.pieces``).
 
     Raises:
         ValueError: The names are not as many as the columns, or not usable as names.
@@ -88,6 +90,7 @@ class TaskSpec:
     chunk_tokens: int = 0
     agree_within: float = 0.1
     columns: tuple[str, ...] = ()
+    pieces: int = 1
 
     def __post_init__(self) -> None:
         _check_columns(self.columns, self.d_task)

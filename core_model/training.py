@@ -74,7 +74,8 @@ def settle_norms(model: MoETransformer, task: str, batches: Iterable[RaggedBatch
         task: Whose batches follow.
         batches: A few hundred sequences of the training data.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm3d)]
+    own = nn.ModuleList([model.adapters[task], model.heads[task]])
+    norms = [module for module in own.modules() if isinstance(module, nn.BatchNorm3d)]
     usual = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -163,6 +164,17 @@ def train_task(
     train(model, [source], loop, lambda step, steps, said: progress(step, steps, said[sample.task]))
 
 
+def device_of(model: nn.Module) -> str:
+    """Return where a model lies."""
+    return str(next(model.parameters()).device)
+
+
+def in_parts(batch: RaggedBatch) -> Iterator[RaggedBatch]:
+    """Yield a batch in pieces of ``CHUNK`` sequences."""
+    chosen = torch.arange(batch.num_sequences, device=batch.features.device)
+    return (take_sequences(batch, part) for part in chosen.split(CHUNK))
+
+
 @torch.no_grad()
 def rebalance_task(model: MoETransformer, task: str, traffic: RaggedBatch) -> None:
     """Balance the experts on a sample of the traffic to be served, once training is over.
@@ -171,9 +183,7 @@ def rebalance_task(model: MoETransformer, task: str, traffic: RaggedBatch) -> No
     No label is needed.
     """
     model.eval()
-    chosen = torch.arange(traffic.num_sequences, device=traffic.features.device)
-    parts = chosen.split(CHUNK)
-    rebalance(model, [model.adapters[task](take_sequences(traffic, part)) for part in parts])
+    rebalance(model, [model.adapters[task](part) for part in in_parts(traffic)])
 
 
 @torch.no_grad()
@@ -181,10 +191,8 @@ def predict(model: MoETransformer, task: str, batch: RaggedBatch) -> tuple[Tenso
     """Return output columns of all sequences [B, D_out] and the expert load [L, E]."""
     model.eval()
     outputs, loads = [], []
-    for start in range(0, batch.num_sequences, CHUNK):
-        end = min(start + CHUNK, batch.num_sequences)
-        chosen = torch.arange(start, end, device=batch.features.device)
-        step = model({task: take_sequences(batch, chosen)})
+    for part in in_parts(batch):
+        step = model({task: part})
         outputs.append(step.outputs[task][0])
         loads.append(expert_load(step.experts_LTK, model.config.num_experts))
     return torch.cat(outputs), torch.stack(loads).sum(dim=0)

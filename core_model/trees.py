@@ -7,7 +7,7 @@ Saabas 2014): the expectation of a node is the mean of its leaves weighted by th
 training Hessian.  So the embeddings of a row's leaves, summed over trees, plus the
 constant of the roots, are the row's logit.
 
-Legend: S trees, N inner nodes, L leaves, F features.
+Legend: S trees, N inner nodes, L leaves, F features, E answers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kernels.trees import TreeEnsemble
 
@@ -30,6 +31,18 @@ def empty_ensemble(num_features: int) -> TreeEnsemble:
         leaf_embedding_SLE=torch.zeros(0, 2, num_features),
         base=torch.zeros(()),
     )
+
+
+def answers_of(ensemble: TreeEnsemble) -> Tensor | None:
+    """Return which answer each tree has, bool [S, E]; None where embeddings say more than that."""
+    answer_SE = (ensemble.leaf_embedding_SLE != 0).any(dim=1)
+    embedded = embed_answers(ensemble.leaf_SL, answer_SE)
+    return answer_SE if torch.equal(embedded, ensemble.leaf_embedding_SLE) else None
+
+
+def embed_answers(leaf_SL: Tensor, answer_SE: Tensor) -> Tensor:
+    """Return embeddings of leaves [S, L, E] that hold each leaf in the place of its tree's answer."""
+    return leaf_SL.unsqueeze(-1) * answer_SE.unsqueeze(1).to(leaf_SL.dtype)
 
 
 class _Tree:

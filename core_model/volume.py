@@ -16,13 +16,16 @@ Legend: n windows, Z Y X axes of a feature map, C channels, R rows, P window pat
 D model, G gated experts.
 """
 
+from collections.abc import Generator, Iterator
+from typing import TypeAlias, TypeVar, cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from core_model.config import MoEConfig
 from core_model.packing import Encoded, RaggedBatch, offsets_from_lengths, segment_ids
-from core_model.volume_tasks import NUM_CASE, PATCH, PATCH_VOXELS, Channels, WindowGrid
+from core_model.volume_tasks import NUM_CASE, PATCH, PATCH_VOXELS, SLABS, Channels, WindowGrid
 from kernels.attention import FULL, AttentionPattern, varlen_attention
 
 HU_RANGES = ((-1024.0, 2000.0), (-160.0, 240.0))  # all tissue; soft tissue
@@ -30,6 +33,19 @@ PAIR_CHANNELS = 8 * len(HU_RANGES)  # two voxels along each axis are the channel
 NUM_LOCAL, NUM_GLOBAL_EXPERTS = 2, 2
 NEAR = AttentionPattern(window=320, num_global=NUM_CASE)  # two layers of 144 patches and more
 PLACE_WAVES = 6  # wavelengths of the position code, from 2 m down by halves
+
+
+T = TypeVar("T")
+Paused: TypeAlias = Generator[None, None, T]  # work that pauses between two pieces of it
+
+
+def finish(work: Paused[T]) -> T:
+    """Run work through all of its pauses and return its result."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return cast("T", end.value)
 
 
 class ConvBlock(nn.Sequential):
@@ -41,6 +57,38 @@ class ConvBlock(nn.Sequential):
             nn.BatchNorm3d(num_out),
             nn.SiLU(),
         )
+
+    def in_slabs(self, map_: Tensor, num: int) -> Paused[Tensor]:
+        """Compute a map slab by slab; several slabs are for evaluation, and give the same."""
+        if num == 1:
+            return cast("Tensor", self(map_))
+        parts: list[Tensor] = []
+        for slab in self.cut(map_, num):
+            if parts:
+                yield
+            parts.append(self.inside(slab))
+        return torch.cat(parts, dim=-1)
+
+    def cut(self, map_: Tensor, num: int) -> Iterator[Tensor]:
+        """Yield slabs along the last axis, each with the cells beside it that it sees.
+
+        Along another axis torch takes its slow convolution for a thin slab.
+        """
+        reach, width = self._reach, map_.shape[-1] // num
+        padded = functional.pad(map_, (reach, reach))
+        for first in range(0, map_.shape[-1], width):
+            yield padded[..., first : first + width + 2 * reach]
+
+    def inside(self, slab: Tensor) -> Tensor:
+        """Compute a slab of ``cut`` without the cells beside it."""
+        conv, reach = cast("nn.Conv3d", self[0]), self._reach
+        padding = (reach, reach, 0)
+        found = functional.conv3d(slab, conv.weight, padding=padding, dilation=reach)
+        return cast("Tensor", self[2](self[1](found)))
+
+    @property
+    def _reach(self) -> int:
+        return cast("nn.Conv3d", self[0]).dilation[0]
 
 
 class Halve(nn.Sequential):
@@ -101,6 +149,11 @@ class VolumeAdapter(nn.Module):
         self.summary = nn.Linear(eighth, d)
         self.gate = nn.Linear(quarter + d, NUM_LOCAL + NUM_GLOBAL_EXPERTS)
         self.register_buffer("gate_bias", torch.zeros(NUM_LOCAL + NUM_GLOBAL_EXPERTS))
+        self._trains_narrow = False
+
+    def narrow_training(self) -> None:
+        """Compute in bfloat16 while this is trained on CUDA; what is served stays as it is."""
+        self._trains_narrow = True
 
     def use_experts(self, *, local: bool, global_: bool) -> None:
         """Leave one kind of expert out, to measure what the other is worth alone."""
@@ -110,6 +163,14 @@ class VolumeAdapter(nn.Module):
 
     def forward(self, batch: RaggedBatch) -> Encoded:
         """Return a token per row, one span per window."""
+        with narrowed(batch.features, is_wanted=self._trains_narrow and self.training):
+            return finish(self._encode(batch, 1))
+
+    def in_pieces(self, batch: RaggedBatch) -> Paused[Encoded]:
+        """Do the same in pieces, in evaluation (``TaskSpec.pieces``)."""
+        return self._encode(batch, SLABS)
+
+    def _encode(self, batch: RaggedBatch, slabs: int) -> Paused[Encoded]:
         cell_R = batch.extras["cell"][:, 0].long()
         window_R = segment_ids(batch.cu_seqlens, cell_R.numel())
         is_window_R = cell_R < self.grid.num_patches
@@ -118,16 +179,20 @@ class VolumeAdapter(nn.Module):
 
         spot_P = (window_R * self.grid.num_patches + cell_R)[is_window_R]
         pairs = self._pairs(scaled_R2V[is_window_R], spot_P, batch.num_sequences)
-        half = self.stem(pairs)
-        half = half + self.fine(half)
+        half = yield from self.stem.in_slabs(pairs, slabs)
+        yield
+        half = half + (yield from self.fine.in_slabs(half, slabs))
+        yield
         quarter = self.to_quarter(half)
         region_RC = rows_RD.new_zeros(cell_R.numel(), quarter.shape[1])
         region_RC[is_window_R] = rows_of(functional.avg_pool3d(quarter, 2), spot_P).to(
             rows_RD.dtype
         )
         gates_RG = self._gates(torch.cat([region_RC, rows_RD], dim=1))
-        quarter = self._apply_local(quarter, gates_RG[is_window_R], spot_P)
+        quarter = yield from self._apply_local(quarter, gates_RG[is_window_R], spot_P)
+        yield
         eighth = self.coarse(self.to_eighth(quarter))
+        yield
 
         tokens_RD = rows_RD
         for i, relation in enumerate(self.relations):
@@ -174,15 +239,22 @@ class VolumeAdapter(nn.Module):
         """Return the weight of each expert in each region, [R, G]."""
         return torch.softmax(self.gate(region_RC) + self.gate_bias, dim=1)
 
-    def _apply_local(self, quarter: Tensor, gates_PG: Tensor, spot_P: Tensor) -> Tensor:
+    def _apply_local(self, quarter: Tensor, gates_PG: Tensor, spot_P: Tensor) -> Paused[Tensor]:
         num, grid = quarter.shape[0], self.grid
         weights = gates_PG.new_zeros(num * grid.num_patches, NUM_LOCAL)
         weights[spot_P] = gates_PG[:, :NUM_LOCAL]
         weights = weights.view(num, grid.z, grid.y, grid.x, NUM_LOCAL).permute(0, 4, 1, 2, 3)
         weights = functional.interpolate(weights, scale_factor=2, mode="nearest")
         for i, expert in enumerate(self.local):
+            yield
             quarter = quarter + weights[:, i : i + 1] * expert(quarter)
         return quarter
+
+
+def narrowed(x: Tensor, *, is_wanted: bool) -> torch.autocast:
+    """Return a context of bfloat16 arithmetic if it is wanted and gradients are taken on CUDA."""
+    is_on = is_wanted and torch.is_grad_enabled() and x.is_cuda
+    return torch.autocast("cuda", torch.bfloat16, enabled=is_on)
 
 
 def scale_hu(hu_RV: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from core_model.config import MoEConfig
 from core_model.packing import Encoded
-from core_model.volume import PAIR_CHANNELS, ConvBlock
-from core_model.volume_tasks import PATCH, PATCH_VOXELS, Channels, WindowGrid
+from core_model.volume import PAIR_CHANNELS, ConvBlock, Paused, finish, narrowed
+from core_model.volume_tasks import LAST_SLABS, PATCH, PATCH_VOXELS, SLABS, Channels, WindowGrid
 
 
 class VoxelHead(nn.Module):
@@ -45,7 +45,33 @@ class VoxelHead(nn.Module):
         self.register_buffer("temperature", torch.ones(()))
 
     def decode(self, tokens_TD: Tensor, encoded: Encoded) -> tuple[Tensor, Tensor]:
-        """Return logits of all voxels [n, L, Z, Y, X], and those at a quarter for training."""
+        """Return logits of all voxels [n, L, Z, Y, X], and those at a quarter for training.
+
+        They are bfloat16 while this is trained on CUDA.
+        """
+        with narrowed(tokens_TD, is_wanted=self.training):
+            map_, quarter = finish(self._refine(tokens_TD, encoded, 1))
+            return self._read(self.finest(map_)), self.deep(quarter)
+
+    def forward(self, tokens_TD: Tensor, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """Return one row per window patch and their offsets int32 [n + 1]."""
+        map_, _ = finish(self._refine(tokens_TD, encoded, 1))
+        return self._answer(*self._decide(self.finest(map_)), encoded)
+
+    def in_pieces(self, tokens_TD: Tensor, encoded: Encoded) -> Paused[tuple[Tensor, Tensor]]:
+        """Do the same in pieces, in evaluation (``TaskSpec.pieces``)."""
+        map_, _ = yield from self._refine(tokens_TD, encoded, SLABS)
+        found: list[tuple[Tensor, Tensor]] = []
+        for slab in self.finest.cut(map_, LAST_SLABS):
+            yield
+            found.append(self._decide(self.finest.inside(slab)))
+        label, confidence = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
+        return self._answer(label, confidence, encoded)
+
+    def _refine(
+        self, tokens_TD: Tensor, encoded: Encoded, slabs: int
+    ) -> Paused[tuple[Tensor, Tensor]]:
+        """Return the map that the finest convolution reads, and the one at a quarter."""
         side, grid = encoded.side, self.grid
         num = side["eighth"].shape[0]
         seen_PC = self.token(tokens_TD[side["is_window"]])
@@ -53,21 +79,28 @@ class VoxelHead(nn.Module):
         cells[side["spot"]] = seen_PC
         map_ = cells.view(num, grid.z, grid.y, grid.x, -1).permute(0, 4, 1, 2, 3)
         map_ = self.mix(map_ + side["eighth"])
+        yield
         quarter = self.middle(self.to_quarter(map_) + side["quarter"])
-        map_ = self.fine(self.to_half(quarter) + side["half"])
-        map_ = self.finest(torch.cat([map_, side["pairs"].to(map_.dtype)], dim=1))
-        return spread_pairs(self.logits(map_), self.num_labels), self.deep(quarter)
+        yield
+        map_ = self.to_half(quarter) + side["half"]
+        map_ = yield from self.fine.in_slabs(map_, slabs)
+        return torch.cat([map_, side["pairs"].to(map_.dtype)], dim=1), quarter
 
-    def forward(self, tokens_TD: Tensor, encoded: Encoded) -> tuple[Tensor, Tensor]:
-        """Return one row per window patch and their offsets int32 [n + 1]."""
-        logits, _ = self.decode(tokens_TD, encoded)
-        scaled = logits / self.temperature
+    def _read(self, map_: Tensor) -> Tensor:
+        return spread_pairs(self.logits(map_), self.num_labels)
+
+    def _decide(self, map_: Tensor) -> tuple[Tensor, Tensor]:
+        """Return label and its probability in 1/255 of each voxel, uint8 [n, Z, Y, X]."""
+        scaled = self._read(map_) / self.temperature
         best, label = scaled.max(dim=1)
         confidence = torch.exp(best - scaled.logsumexp(dim=1))
+        return label.to(torch.uint8), (confidence * 255.0).round().to(torch.uint8)
+
+    def _answer(self, label: Tensor, confidence: Tensor, encoded: Encoded) -> tuple[Tensor, Tensor]:
         spot_P, side = encoded.side["spot"], encoded.side
         rows = [
-            patch_rows(label.to(torch.uint8), self.grid)[spot_P],
-            patch_rows((confidence * 255.0).round().to(torch.uint8), self.grid)[spot_P],
+            patch_rows(label, self.grid)[spot_P],
+            patch_rows(confidence, self.grid)[spot_P],
             (side["local_share"] * 255.0).round().to(torch.uint8),
         ]
         return torch.cat(rows, dim=1), side["num_patches"]

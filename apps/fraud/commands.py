@@ -3,11 +3,22 @@
 import argparse
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from apps.arguments import Subparsers, later
 from apps.fraud.settings import ServiceSettings, Topics
 
 _DEFAULTS = ServiceSettings()
+
+
+class _Stream(NamedTuple):
+    """How much of what a demo streams, unless it is told."""
+
+    rate: float
+    transactions: int
+
+
+_DEMO, _DEMO_OF_ALL = _Stream(1000.0, 24_000), _Stream(500.0, 15_000)
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -167,13 +178,26 @@ def _add_train(commands: Subparsers) -> None:
 def _add_demo(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("demo", help="generated transactions through the whole platform")
     add_kafka_arguments(parser, required=False)
-    parser.add_argument("--all", action="store_true", help="every application that has a demo")
-    parser.add_argument("--rate", type=float, default=1000.0, metavar="TX_S")
-    parser.add_argument("--transactions", type=int, default=24_000, metavar="N")
+    parser.add_argument(
+        "--all", action="store_true", help="a CT batch and forecasts beside them, on one model"
+    )
+    for name, kind, metavar in (("rate", float, "TX_S"), ("transactions", int, "N")):
+        alone, together = (getattr(each, name) for each in (_DEMO, _DEMO_OF_ALL))
+        parser.add_argument(
+            f"--{name}", type=kind, metavar=metavar, help=f"default: {alone}, with --all {together}"
+        )
     parser.add_argument("--workers", type=int, default=1, metavar="N")
     parser.add_argument("--models", metavar="DIR_OR_URL", help="default: the shipped weights")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.set_defaults(run=later("apps.fraud.demo"))
+    parser.set_defaults(run=_demo)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    """Run the demo; beside others, the stream leaves half of two cores to them."""
+    for name, usual in (_DEMO_OF_ALL if args.all else _DEMO)._asdict().items():
+        if getattr(args, name) is None:
+            setattr(args, name, usual)
+    return later("apps.demo_all" if args.all else "apps.fraud.demo")(args)
 
 
 def write_json(path: Path | None, figures: dict[str, object]) -> None:

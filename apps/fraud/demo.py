@@ -8,7 +8,7 @@ The data is simulated; no figure speaks about real cards.
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from apps.fraud.load import Faults
 from apps.fraud.rules import APPROVE, BLOCK, REVIEW
 from apps.fraud.settings import ServiceSettings, Topics
 from apps.fraud.simulate import SimulationConfig, simulate
-from apps.fraud.table import LABEL_COLUMN, write_table
+from apps.fraud.table import LABEL_COLUMN, read_table, write_table
 from apps.fraud.transaction import TransactionSchema
 from apps.fraud.transport import KafkaSettings, KafkaStream, read_options
 from apps.fraud.trial import LoadProcess, Offer, Outcome, run_trial
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from cluster.loading import ModelSource
 
 NUM_PARTITIONS = 4
-_FAULTS = Faults(malformed=6, duplicates=12)
+FAULTS = Faults(malformed=6, duplicates=12)
 _LINE_S = 0.5  # between two states of the progress line
 
 
@@ -58,6 +58,16 @@ def generate_world(folder: Path, num_transactions: int, *, seed: int = 0) -> Wor
     write_table(stream, folder / "stream.parquet", schema)
     frauds = stream.loc[stream[LABEL_COLUMN] == 1, "transaction_id"]
     return World(folder / "history.parquet", folder / "stream.parquet", frozenset(frauds.tolist()))
+
+
+def cut_stream(world: World, num_first: int) -> tuple[Path, Path]:
+    """Write the first transactions of the stream and the rest as two files beside it."""
+    schema = TransactionSchema()
+    table = read_table(world.stream, schema)
+    paths = world.stream.with_stem("stream-1"), world.stream.with_stem("stream-2")
+    for path, part in zip(paths, (table[:num_first], table[num_first:]), strict=True):
+        write_table(part, path, schema)
+    return paths
 
 
 @dataclass
@@ -109,22 +119,15 @@ def main(args: argparse.Namespace, source: "ModelSource | None" = None) -> int:
             world = generate_world(folder, args.transactions)
         topics = topics_of(args)
         with phases.measure("broker"):
-            kafka = _broker(stack, args.bootstrap_servers, options, topics)
-        settings = ServiceSettings(
-            topics=topics, warm_from=world.history, state_dir=folder / "state"
-        )
-        plan = WorkerPlan(kafka, settings, load_policy(), default_schemas())
+            kafka = open_broker(stack, args.bootstrap_servers, options, topics)
+        plan = plan_workers(kafka, topics, world.history, folder / "state")
         with phases.measure("platform"):
             stack.enter_context(
                 running_service(plan, args.workers, models=args.models, source=source)
             )
-        offer = Offer(world.stream, args.rate, faults=_FAULTS)
+        offer = Offer(world.stream, args.rate, faults=FAULTS)
         with phases.measure("stream"):
-            watch_stream = stack.enter_context(closing(open_watch_stream(kafka)))
-            watch = Watch(watch_stream, topics, from_start=False)
-            process = LoadProcess(kafka.bootstrap_servers, kafka_config, topics, offer)
-            stack.callback(process.stop)
-            outcome = run_trial(process, watch, offer, progress=progress_line(out))
+            outcome = run_stretch(kafka, kafka_config, topics, offer, progress_line(out))
         begin_s = time.perf_counter()
     phases.seconds["shutdown"] = time.perf_counter() - begin_s
     figures = summarise(outcome, phases)
@@ -133,9 +136,14 @@ def main(args: argparse.Namespace, source: "ModelSource | None" = None) -> int:
     return 0 if figures["inputs"] == outcome.num_answers else 1
 
 
-def _broker(
+def open_broker(
     stack: ExitStack, bootstrap_servers: str | None, options: dict[str, object], topics: Topics
 ) -> KafkaSettings:
+    """Return where the topics are, on the broker that was named or on one of this run.
+
+    Raises:
+        ConfigurationError: Nobody answers there.
+    """
     names = (topics.transactions, topics.labels, topics.decisions, topics.dead_letters)
     if bootstrap_servers is None:
         bootstrap_servers = stack.enter_context(EmbeddedBroker()).bootstrap_servers
@@ -145,6 +153,33 @@ def _broker(
     create_topics(bootstrap_servers, dict.fromkeys(names, NUM_PARTITIONS))
     check_topics(kafka, topics)
     return kafka
+
+
+def plan_workers(kafka: KafkaSettings, topics: Topics, history: Path, state: Path) -> WorkerPlan:
+    """Return what the workers of a demo are built from."""
+    settings = ServiceSettings(topics=topics, warm_from=history, state_dir=state)
+    return WorkerPlan(kafka, settings, load_policy(), default_schemas())
+
+
+def run_stretch(
+    kafka: KafkaSettings,
+    kafka_config: Sequence[str],
+    topics: Topics,
+    offer: Offer,
+    progress: Callable[[Answers], object],
+) -> Outcome:
+    """Stream a table through running workers to its last answer.
+
+    Raises:
+        RuntimeError: See ``run_trial``.
+    """
+    with closing(open_watch_stream(kafka)) as stream:
+        watch = Watch(stream, topics, from_start=False)
+        process = LoadProcess(kafka.bootstrap_servers, kafka_config, topics, offer)
+        try:
+            return run_trial(process, watch, offer, progress=progress)
+        finally:
+            process.stop()
 
 
 def summarise(outcome: Outcome, phases: Phases) -> dict[str, object]:

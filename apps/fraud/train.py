@@ -36,6 +36,7 @@ from core_model.model import MoETransformer
 from core_model.packing import RaggedBatch
 from core_model.tabular import TabularAdapter
 from core_model.training import (
+    Loss,
     TrainSettings,
     WeightedSample,
     predict,
@@ -101,6 +102,17 @@ class Dataset:
         self._threads = threads
         self._fitting: defaultdict[Path, Lock] = defaultdict(Lock)
         trees.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def training_days(self) -> tuple[int, int]:
+        """First day to train on, and the day after the last: all but the last two weeks."""
+        stop = int(self.ledger.day.max()) - 13
+        return max(self.ledger.first_day + WARM_UP_DAYS, stop - HISTORY_DAYS), stop
+
+    @property
+    def held_out(self) -> Ints:
+        """Rows to report on: the last week; before it lies a week of label delay."""
+        return np.flatnonzero(self.ledger.day >= self.training_days[1] + 7)
 
     def ensemble(self, start: int, end: int) -> TreeEnsemble:
         """Return the trees fitted on the days [start, end); threads wait for one another's."""
@@ -175,6 +187,23 @@ class Fit:
     preset: str = "base"
 
 
+def loss_of(examples: Examples, device: str) -> Loss:
+    """Return the weighted cross entropy of the gated logit and of the sequence experts alone."""
+    fraud_B, weight_B = _tensor(examples.fraud, device), _tensor(examples.weight, device)
+
+    def loss(outputs: Tensor, chosen: Tensor) -> Tensor:
+        weight = weight_B[chosen] / weight_B[chosen].sum()
+        entropies = [
+            functional.binary_cross_entropy_with_logits(
+                outputs[:, column], fraud_B[chosen], weight=weight, reduction="sum"
+            )
+            for column in (LOGIT, SEQUENCE_LOGIT)
+        ]
+        return torch.stack(entropies).sum()
+
+    return loss
+
+
 def fit_model(examples: Examples, traffic: Examples, fit: Fit) -> MoETransformer:
     """Train sequence experts and gate, then balance the experts on the traffic.
 
@@ -187,25 +216,12 @@ def fit_model(examples: Examples, traffic: Examples, fit: Fit) -> MoETransformer
     adapter = model.adapters[FRAUD.name]
     if isinstance(adapter, TabularAdapter):
         adapter.fit_scaling(batch.extras["context"])
-    fraud_B = _tensor(examples.fraud, device)
-    weight_B = _tensor(examples.weight, device)
-
-    def loss(outputs: Tensor, chosen: Tensor) -> Tensor:
-        """Weighted cross entropy of the gated logit and of the sequence experts alone."""
-        weight = weight_B[chosen] / weight_B[chosen].sum()
-        entropies = [
-            functional.binary_cross_entropy_with_logits(
-                outputs[:, column], fraud_B[chosen], weight=weight, reduction="sum"
-            )
-            for column in (LOGIT, SEQUENCE_LOGIT)
-        ]
-        return torch.stack(entropies).sum()
 
     def progress(step: int, steps: int, value: float) -> None:
         print(f"\r{fit.label}: step {step}/{steps}, loss {value:.4f}", end="", file=sys.stderr)
 
-    sample = WeightedSample(FRAUD.name, batch, weight_B)
-    train_task(model, sample, loss, fit.settings, fit.seed, progress)
+    sample = WeightedSample(FRAUD.name, batch, _tensor(examples.weight, device))
+    train_task(model, sample, loss_of(examples, device), fit.settings, fit.seed, progress)
     rebalance_task(model, FRAUD.name, traffic.batch(device))
     print(file=sys.stderr)
     return model
@@ -230,14 +246,12 @@ def main(args: argparse.Namespace) -> int:
     table, source = _source(args)
     work = args.work or args.out / "work"
     dataset = Dataset(table, work, num_threads())
-    last_day = int(dataset.ledger.day.max())
-    stop = last_day - 13  # a week of delay, then a week to report on
-    start = max(dataset.ledger.first_day + WARM_UP_DAYS, stop - HISTORY_DAYS)
+    start, stop = dataset.training_days
     examples = dataset.training_examples(start, stop, args.seed)
     traffic = dataset.traffic_examples(start, stop, args.seed)
     model = fit_model(examples, traffic, Fit(args.seed, args.device, "fraud"))
     ensemble = dataset.ensemble(start, stop)
-    test = dataset.judged(np.flatnonzero(dataset.ledger.day >= stop + 7), ensemble)
+    test = dataset.judged(dataset.held_out, ensemble)
     outputs, load_LE = predict(model, FRAUD.name, test.batch(args.device))
     figures = _figures(outputs.cpu().numpy(), test.fraud > 0)
     figures["utilisation_min"] = float(utilisation(load_LE).min())

@@ -49,16 +49,20 @@ class Answers:
         """Dead letters of transactions that were read."""
         return self.by_error.total()
 
-    def quantiles_ms(self, *, after_ms: int = 0, last: int | None = None) -> tuple[float, float]:
-        """Return p50 and p99 latency of transactions sent from a time on; NaN for none.
+    def quantiles_ms(
+        self, *, after_ms: int = 0, before_ms: float = np.inf, last: int | None = None
+    ) -> tuple[float, float]:
+        """Return p50 and p99 latency of transactions sent in a stretch of time; NaN for none.
 
         Args:
             after_ms: Kafka timestamp of the first transaction that counts.
+            before_ms: Of the first one behind it that does not.
             last: Look at so many of the latest decisions only.
         """
         newest = slice(None if last is None else -last, None)
         latency = np.asarray(self.latency_ms[newest], np.int64)
-        latency = latency[np.asarray(self.timestamp_ms[newest], np.int64) >= after_ms]
+        sent = np.asarray(self.timestamp_ms[newest], np.int64)
+        latency = latency[(sent >= after_ms) & (sent < before_ms)]
         if not latency.size:
             return float("nan"), float("nan")
         p50, p99 = np.quantile(latency, [0.5, 0.99])

@@ -57,7 +57,7 @@ def _add_train(commands: Subparsers) -> None:
     parser.add_argument("--preset", default="small", metavar="NAME", help="sizes of the core")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--work", type=Path, metavar="DIR", help="finished parts; default: OUT/work"
+        "--work", type=Path, metavar="DIR", help="finished parts are kept here and reused"
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.set_defaults(run=later("apps.maintenance.training.train"))
@@ -76,7 +76,11 @@ def _add_distill(commands: Subparsers) -> None:
     parser = commands.add_parser("distill", help="an edge model from trained weights")
     _add_fleet(parser)
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="DIR", help="as train writes it"
+        "--checkpoint",
+        type=Path,
+        default=Path("models/forecast"),
+        metavar="DIR",
+        help="as train writes it",
     )
     parser.set_defaults(run=later("apps.maintenance.training.distill"))
 

@@ -267,6 +267,20 @@ def test_a_batch_step_leaves_room_for_a_tight_stream_request_seen_lately() -> No
     in_loop(scenario)
 
 
+def test_work_behind_a_stream_runs_in_shorter_steps_than_alone() -> None:
+    def scenario() -> None:
+        bench = Bench(replace(LIMITS, beside_stream_ms=4.05))  # of which 1 ms is fixed
+        bench.add([10] * 50, ServiceClass.BATCH, deadline_ms=1e6)
+        assert tokens_of(bench.step()) == 100
+        bench.add([10])
+        bench.step()
+        assert tokens_of(bench.step()) == 30
+        bench.now += LIMITS.deadline_memory_s
+        assert tokens_of(bench.step()) == 100  # the stream is over
+
+    in_loop(scenario)
+
+
 def test_even_a_refused_deadline_makes_the_next_batch_steps_shorter() -> None:
     def scenario() -> None:
         bench = Bench()

@@ -9,7 +9,7 @@ from cluster.engine import Engine
 from cluster.errors import UnavailableError
 from cluster.loading import LoadedModel
 from cluster.metrics import METRICS, Kind
-from cluster.schemas import InferRequest
+from cluster.schemas import InferRequest, ServiceClass
 from cluster.versions import Aliases
 
 Load = Callable[[], LoadedModel]
@@ -54,6 +54,22 @@ def test_every_measurement_is_one_that_the_list_knows(load_tiny: Load, make_requ
     assert recorder.sums["trimoe_shadow_sequences_total"] == 15
     assert "trimoe_shadow_disagreement_total" not in recorder.sums
     assert recorder.sums["trimoe_padding_tokens"] == 0
+
+
+def test_the_composition_says_of_what_steps_were_made(load_tiny: Load, make_request: Make) -> None:
+    async def run() -> None:
+        engine = Engine(load_tiny())
+        engine.start()
+        cards = make_request(request_id="a", lengths=(3, 1))
+        gauges = make_request((5,), "gauges", request_id="b", service_class=ServiceClass.BATCH)
+        await asyncio.gather(engine.infer(cards), engine.infer(gauges))
+        await engine.infer(make_request(request_id="c", lengths=(2,)))
+        status = engine.status()
+        await engine.stop()
+        assert (status["steps"], status["mixed_steps"]) == (2, 1)
+        assert status["step_tokens"] == {"cards": {"stream": 6}, "gauges": {"batch": 5}}
+
+    asyncio.run(run())
 
 
 class BrokenRecorder:

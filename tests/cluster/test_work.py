@@ -19,3 +19,10 @@ def test_a_long_sequence_has_a_piece_per_chunk_and_layer() -> None:
     assert np.bincount(work.sequence).tolist() == [1, 16, 1]
     assert work.is_whole.tolist() == [True, *[False] * 16, True]
     assert 80 <= work.tokens[1:-1].sum() <= 100  # about its tokens in all
+
+
+def test_even_pieces_add_up_to_each_sequence() -> None:
+    work = Work.even(np.array([7, 100]), 3)
+    assert work.tokens.tolist() == [2, 2, 3, 33, 33, 34]
+    assert work.sequence.tolist() == [0, 0, 0, 1, 1, 1]
+    assert work.is_cut

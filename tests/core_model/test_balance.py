@@ -74,6 +74,7 @@ def test_uniform_utilisation_at_its_ends() -> None:
     assert uniform_utilisation(10**9, 16, 2) > 0.999
 
 
+@pytest.mark.slow
 def test_the_loss_levels_a_skewed_load() -> None:
     torch.manual_seed(0)
     model = MoETransformer(replace(PRESETS["tiny"], num_layers=1, num_experts=8), [])

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from core_model.builtin_tasks import FRAUD
+from core_model.builtin_tasks import FRAUD, NUM_CONTEXT
 from core_model.checkpoint import (
     MANIFEST,
     WEIGHTS,
@@ -22,6 +22,8 @@ from core_model.checkpoint import (
 from core_model.config import PRESETS
 from core_model.model import MoETransformer
 from core_model.packing import RaggedBatch
+from core_model.tabular import TabularAdapter
+from core_model.trees import embed_answers
 
 MakeBatch = Callable[..., RaggedBatch]
 TREE = "adapters.fraud.tree_"
@@ -83,6 +85,39 @@ def test_a_loaded_model_is_stored_bit_by_bit_the_same(folder: Path, tmp_path: Pa
         torch.equal(tensor, reloaded.state_dict()[name])
         for name, tensor in loaded.state_dict().items()
     )
+
+
+def test_trees_of_one_answer_each_are_stored_without_embeddings_and_come_back_exactly(
+    folder: Path, model: MoETransformer
+) -> None:
+    adapter = model.adapters["fraud"]
+    assert isinstance(adapter, TabularAdapter)
+    leaf_SL = adapter.ensemble.leaf_SL
+    answer_SE = torch.eye(leaf_SL.shape[0], NUM_CONTEXT, dtype=torch.bool)
+    embedding_SLE = embed_answers(leaf_SL, answer_SE)
+    adapter.set_ensemble(adapter.ensemble._replace(leaf_embedding_SLE=embedding_SLE))
+    save(folder, model)
+    stored = load_file(folder / WEIGHTS)
+    assert torch.equal(stored[TREE + "answer_SE"], answer_SE)
+    assert TREE + "leaf_embedding_SLE" not in stored
+    loaded = load_checkpoint(folder)[0].state_dict()
+    assert torch.equal(loaded[TREE + "leaf_embedding_SLE"], embedding_SLE)
+
+
+def test_whole_numbers_are_stored_narrow_and_come_back_wide(
+    folder: Path, model: MoETransformer
+) -> None:
+    adapter = model.adapters["fraud"]
+    assert isinstance(adapter, TabularAdapter)
+    for highest, dtype in ((255, torch.uint8), (256, torch.int16), (40_000, torch.int32)):
+        feature_SN = adapter.ensemble.feature_SN.clone()
+        feature_SN[0, 0] = highest
+        adapter.set_ensemble(adapter.ensemble._replace(feature_SN=feature_SN))
+        save(folder, model)
+        assert load_file(folder / WEIGHTS)[TREE + "feature_SN"].dtype == dtype
+        loaded = load_checkpoint(folder)[0].state_dict()[TREE + "feature_SN"]
+        assert torch.equal(loaded, feature_SN)
+        assert loaded.dtype == torch.int32
 
 
 def test_a_loaded_model_answers(folder: Path, model: MoETransformer, make_batch: MakeBatch) -> None:

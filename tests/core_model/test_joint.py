@@ -59,6 +59,7 @@ def trained(sources: list[SampleSource]) -> MoETransformer:
     return model
 
 
+@pytest.mark.slow
 def test_one_block_stack_learns_both_tasks(sources: list[SampleSource]) -> None:
     said: list[Mapping[str, float]] = []
     model = fresh()

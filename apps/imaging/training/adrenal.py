@@ -7,9 +7,9 @@ a voxel counts as one of the organ task.
 Legend: n volumes, S voxels an edge, R rows, V voxels of a patch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +30,7 @@ from core_model.volume_tasks import SHAPE_GRIDS
 TISSUE_HU = 240.0
 TASKS: Mapping[int, str] = {28: "adrenal", 64: "adrenal_64"}
 FLIPS = [axes for num in range(4) for axes in combinations((1, 2, 3), num)]  # all eight
+SERVED, SETTLING = 64, 16  # volumes of a batch that is not trained on; batches to settle norms
 Split = Literal["train", "val", "test"]
 
 
@@ -92,6 +93,11 @@ def pack_shapes(masks: Tensor) -> RaggedBatch:
     return RaggedBatch(rows.flatten(0, 1), offsets_from_lengths(lengths), extras)
 
 
+def served_shapes(masks: Tensor) -> Iterator[RaggedBatch]:
+    """Yield volumes as they are served, ``SERVED`` in a batch."""
+    return (pack_shapes(part) for part in masks.split(SERVED))
+
+
 def _patches(hu: Tensor, edge: int) -> Tensor:
     cells = hu.view(-1, edge, PATCH, edge, PATCH, edge, PATCH).permute(0, 1, 3, 5, 2, 4, 6)
     return cells.reshape(hu.shape[0], edge**3, PATCH**3)
@@ -112,6 +118,11 @@ def vary_shapes(masks: Tensor, max_shift: int, generator: torch.Generator) -> Te
     most = max(max_shift * masks.shape[1] // 28, 1)
     shift = torch.randint(-most, most + 1, (3,), generator=generator).tolist()
     return masks.roll(shift, dims=(1, 2, 3))
+
+
+def shape_loss(outputs: Tensor, classes: Tensor) -> Tensor:
+    """Return the cross entropy of the head's rows [n, 2] and classes [n]."""
+    return functional.binary_cross_entropy_with_logits(outputs[:, 0], classes)
 
 
 def train_shapes(
@@ -148,8 +159,7 @@ def train_shapes(
             own = chosen.to(masks.device)
             batch = pack_shapes(vary_shapes(masks[own], settings.max_shift, generator))
             output = model({task: batch})
-            logits = output.outputs[task][0][:, 0]
-            loss = functional.binary_cross_entropy_with_logits(logits, classes[own])
+            loss = shape_loss(output.outputs[task][0], classes[own])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -162,7 +172,7 @@ def train_shapes(
                 average.update()
         progress(epoch, settings.epochs, float(torch.stack(losses).mean()))
     average.install()
-    settle_norms(model, task, (pack_shapes(part) for part in masks.split(64)[:16]))
+    settle_norms(model, task, islice(served_shapes(masks), SETTLING))
 
 
 @torch.no_grad()

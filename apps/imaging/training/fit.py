@@ -11,10 +11,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, cast
+from typing import Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from apps.imaging.calibration import FILE
 from apps.imaging.openkbp import load_patient
@@ -22,14 +23,11 @@ from apps.imaging.phantom import PhantomShape, make_phantom
 from apps.imaging.segmentation import ORGANS
 from apps.imaging.training.calibrate import fit_calibration, fit_temperature
 from apps.imaging.training.known import Known
-from apps.imaging.training.loop import TASK, VolumeSettings, train_volumes
+from apps.imaging.training.loop import TASK, VolumeSettings, organ_adapter, train_volumes
 from apps.imaging.training.parts import Say
 from core_model.checkpoint import save_checkpoint
 from core_model.config import PRESETS
 from core_model.model import MoETransformer
-
-if TYPE_CHECKING:
-    from core_model.volume import VolumeAdapter
 
 HELD_SHARE = 0.1
 PHANTOM_SIZES = ((80, 112), (96, 128), (120, 160))  # slices, pixels an edge
@@ -62,7 +60,7 @@ class Recipe:
 
 def main(args: argparse.Namespace) -> int:
     """Train, calibrate and save."""
-    cases = [*_phantoms(args.phantoms)] if args.phantoms else _patients(args.data)
+    cases = make_cases(args.phantoms) if args.phantoms else read_cases(args.data)
     recipe = Recipe(args.preset, args.seconds, args.loaders, args.device)
     command = "trimoe " + shlex.join(sys.argv[1:])
     fit_organs(cases, recipe, args.out, _data_of(args, len(cases)), command, _say)
@@ -84,8 +82,7 @@ def fit_organs(
     say(f"{len(seen)} cases to train on, {len(held)} held out")
     torch.manual_seed(0)
     model = MoETransformer(PRESETS[recipe.preset], [TASK]).to(recipe.device)
-    adapter = cast("VolumeAdapter", model.adapters[TASK])
-    adapter.use_experts(local=recipe.local, global_=recipe.global_)
+    organ_adapter(model).use_experts(local=recipe.local, global_=recipe.global_)
     settings = VolumeSettings(seconds=recipe.seconds, workers=recipe.loaders)
     began = time.perf_counter()
 
@@ -97,9 +94,7 @@ def fit_organs(
     if out:
         temperature = fit_temperature(model, held)
         calibration, dice = fit_calibration(model, seen, held)
-        figures = {name: float(np.nanmean(dice[:, i])) for i, name in enumerate(ORGANS)}
-        metrics = {f"dice_{name}": round(value, 4) for name, value in figures.items()}
-        metrics["dice_mean"] = round(float(np.nanmean(np.nanmean(dice, axis=1))), 4)
+        metrics = {name: round(value, 4) for name, value in dice_metrics(dice).items()}
         metrics["temperature"] = round(temperature, 3)
         save_checkpoint(
             out, model, version="imaging-1", data=data, metrics=metrics, command=command
@@ -109,11 +104,22 @@ def fit_organs(
     return model
 
 
+def dice_metrics(dice: NDArray[np.float64]) -> dict[str, float]:
+    """Return the mean Dice of each organ that is contoured, and of the cases [cases, organs]."""
+    found = {
+        f"dice_{name}": float(np.nanmean(dice[:, i]))
+        for i, name in enumerate(ORGANS)
+        if not np.isnan(dice[:, i]).all()
+    }
+    return {**found, "dice_mean": float(np.nanmean(np.nanmean(dice, axis=1)))}
+
+
 def _say(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
-def _phantoms(num: int) -> list[Known]:
+def make_cases(num: int) -> list[Known]:
+    """Return generated phantoms of several sizes."""
     found = []
     for seed in range(num):
         slices, pixels = PHANTOM_SIZES[seed % len(PHANTOM_SIZES)]
@@ -123,7 +129,12 @@ def _phantoms(num: int) -> list[Known]:
     return found
 
 
-def _patients(folder: Path) -> list[Known]:
+def read_cases(folder: Path) -> list[Known]:
+    """Return the OpenKBP patients of a folder.
+
+    Raises:
+        FileNotFoundError: It holds fewer than two.
+    """
     paths = sorted(folder.glob("pt_*.npz"))
     if len(paths) < 2:
         message = f"{folder}: expected two files pt_*.npz or more, got {len(paths)}"

@@ -31,6 +31,7 @@ from core_model.packing import Encoded, RaggedBatch, offsets_from_lengths
 from core_model.training import settle_norms
 
 if TYPE_CHECKING:
+    from core_model.volume import VolumeAdapter
     from core_model.voxels import VoxelHead
 
 TASK = "organs"
@@ -114,9 +115,13 @@ class WindowDraws(IterableDataset[Drawn]):
         self._settings, self._seed = settings, seed
 
     def __iter__(self) -> Iterator[Drawn]:
-        """Yield windows without end."""
+        """Yield windows without end; each worker has a stream of its own."""
         info = get_worker_info()
-        rng = np.random.default_rng([self._seed, info.id if info else 0])
+        return self.stream(info.id if info else 0)
+
+    def stream(self, number: int) -> Iterator[Drawn]:
+        """Yield the windows of a numbered stream without end."""
+        rng = np.random.default_rng([self._seed, number])
         while True:
             yield from self.draw(rng)
 
@@ -232,13 +237,20 @@ def to_device(packed: Mapping[str, Tensor], device: str) -> tuple[RaggedBatch, T
 
 def voxel_logits(model: MoETransformer, batch: RaggedBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits [n, L, Z, Y, X], those at a quarter, and the chosen experts [layers, T, K]."""
-    is_cuda = batch.features.is_cuda
-    with torch.autocast("cuda", torch.bfloat16, enabled=is_cuda):
-        encoded: Encoded = model.adapters[TASK](batch)
-    tokens_TD, experts_LTK = model.run_blocks(encoded.tokens_TD, [encoded.spans])
-    with torch.autocast("cuda", torch.bfloat16, enabled=is_cuda):
-        full, quarter = cast("VoxelHead", model.heads[TASK]).decode(tokens_TD, encoded)
-    return full.float(), quarter.float(), experts_LTK
+    step = model.encode_and_run({TASK: batch})
+    full, quarter = decode_voxels(model.heads[TASK], step.pieces[TASK], step.encoded[TASK])
+    return full, quarter, step.experts_LTK
+
+
+def decode_voxels(head: nn.Module, tokens_TD: Tensor, encoded: Encoded) -> tuple[Tensor, Tensor]:
+    """Return float32 logits [n, L, Z, Y, X] and those at a quarter of the resolution."""
+    full, quarter = cast("VoxelHead", head).decode(tokens_TD, encoded)
+    return full.float(), quarter.float()
+
+
+def organ_adapter(model: MoETransformer) -> "VolumeAdapter":
+    """Return the adapter of the organ task."""
+    return cast("VolumeAdapter", model.adapters[TASK])
 
 
 def only_known(logits: Tensor, known_nL: Tensor) -> Tensor:
@@ -264,6 +276,23 @@ def dice_and_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     dice = (2.0 * overlap + 1.0) / (mass + 1.0)
     wanted = (present > 0) & (torch.arange(logits.shape[1], device=labels.device) > 0)
     return entropy + ((1.0 - dice) * wanted).sum() / wanted.sum().clamp(min=1)
+
+
+def voxel_loss(
+    full: Tensor, quarter: Tensor, truth: Tensor, known_nL: Tensor, deep_weight: float
+) -> Tensor:
+    """Return the loss of the logits, and of those at a quarter by their weight.
+
+    Args:
+        full: [n, L, Z, Y, X].
+        quarter: The same at a quarter of the resolution.
+        truth: int64 [n, Z, Y, X].
+        known_nL: Whether each label is known in a window's case.
+        deep_weight: Of the loss at a quarter.
+    """
+    coarse = truth[:, 2::4, 2::4, 2::4]
+    loss = dice_and_entropy(only_known(full, known_nL), truth)
+    return loss + deep_weight * dice_and_entropy(only_known(quarter, known_nL), coarse)
 
 
 def train_volumes(
@@ -295,6 +324,7 @@ def train_volumes(
         decay_groups(list(model.parameters()), settings.weight_decay), lr=settings.peak_lr
     )
     average = WeightAverage(model, settings.average_decay)
+    organ_adapter(model).narrow_training()
     began = time.perf_counter()
     model.train()
     windows = iter(loader)
@@ -306,10 +336,7 @@ def train_volumes(
             group["lr"] = settings.peak_lr * min(done / 0.05, 1.0) * (1.0 - done) ** 0.9
         batch, truth, known = to_device(packed, device)
         full, quarter, experts_LTK = voxel_logits(model, batch)
-        coarse = truth[:, 2::4, 2::4, 2::4]
-        loss = dice_and_entropy(only_known(full, known), truth)
-        deep = dice_and_entropy(only_known(quarter, known), coarse)
-        loss = loss + settings.deep_weight * deep
+        loss = voxel_loss(full, quarter, truth, known, settings.deep_weight)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -342,3 +369,13 @@ def infer_labels(model: MoETransformer, hu: Floats) -> tuple[NDArray[np.uint8], 
         batch = RaggedBatch(torch.from_numpy(window.hu).to(device), cu_seqlens, extras)
         canvas.add(window, model({TASK: batch}).outputs[TASK][0].cpu().numpy())
     return canvas.join()
+
+
+def organ_dice(labels: NDArray[np.uint8], truth: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Return the Dice of each organ in labels of the same shape, NaN where not contoured."""
+    dice = np.full(len(ORGANS), np.nan)
+    for organ in range(len(ORGANS)):
+        said, wanted = labels == organ + 1, truth == organ + 1
+        if wanted.any():
+            dice[organ] = 2.0 * (said & wanted).sum() / (said.sum() + wanted.sum())
+    return dice

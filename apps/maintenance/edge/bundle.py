@@ -67,6 +67,8 @@ class BundleInfo:
         reference: How inputs and forecasts were spread in training, by name.
         trained_until: The end of the record it was trained on, seconds since 1970; 0 if unsaid.
         optional: Features that may be unknown; the model sees not a number and makes do.
+        service_period_hours: Of the visits that ``to_visit_h`` and wear are counted by, 0 for none.
+        caution: Factor on the probability of no failure in a decision, by horizon; or unsaid.
 
     Raises:
         ConfigurationError: A field is missing or contradicts another one.
@@ -83,6 +85,8 @@ class BundleInfo:
     reference: Mapping[str, Spread] = field(default_factory=dict)
     trained_until: float = 0.0
     optional: tuple[str, ...] = ()
+    service_period_hours: int = 0
+    caution: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _require(self.version >= 1, "version of 1 or more", self.version)
@@ -100,6 +104,10 @@ class BundleInfo:
         watched = {*self.features, HAZARD, LIFE}
         _require(set(self.reference) <= watched, "reference of features", set(self.reference))
         _require(set(self.optional) <= set(self.features), "optional features", self.optional)
+        period = self.service_period_hours
+        _require(period >= 0, "service_period_hours of 0 or more", period)
+        is_said = len(self.caution) in (0, len(self.horizons_h))
+        _require(is_said, "a caution for each of horizons_h", self.caution)
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -129,7 +137,8 @@ class BundleInfo:
             rule = record.pop("alerts")
             for name in ("features", "components", "horizons_h"):
                 record[name] = tuple(record[name])
-            record["optional"] = tuple(record.get("optional", ()))
+            for name in ("optional", "caution"):
+                record[name] = tuple(record.get(name, ()))
             spreads = record.pop("reference", {})
             record["reference"] = {key: Spread.from_record(each) for key, each in spreads.items()}
             return cls(**{**record, "alerts": AlertRule(**rule)})

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from apps.maintenance.chances import SMALLEST
 from apps.maintenance.edge.bundle import (
     GOLDEN,
     INFO,
@@ -31,7 +32,7 @@ from apps.maintenance.edge.bundle import (
 )
 from apps.maintenance.edge.durable import write_whole
 from apps.maintenance.edge.forecast import Forecaster
-from apps.maintenance.fleet import Fleet, Floats32, Ints
+from apps.maintenance.fleet import Fleet, Floats, Floats32, Ints
 from apps.maintenance.inputs import COLUMNS, forecast_inputs
 from apps.maintenance.protocol import HORIZONS
 from apps.maintenance.splits import Part
@@ -58,6 +59,7 @@ LEAST_SUSPECT = 0.05  # share of windows with an alert that never is
 MOST_ROWS = 100_000  # asked of the cloud model
 NUM_GOLDEN = 64
 GOLDEN_TOLERANCE = 5e-3  # life is in hours: a float32 of hundreds is rounded by some 1e-4
+NEAR = 1.5  # of log odds around the cloud's threshold
 _SPACING = 10  # of the rows from which the golden batch and the usual share of alerts are taken
 _CHUNK = 256  # rows of one request, as an agent sends them
 
@@ -118,10 +120,12 @@ def distil_part(
     write_whole(out / MODEL, to_onnx(net))
     seen = context[::_SPACING][:, columns]
     hazard, life = net.forecast(seen)
+    taught = class_probs(said[::_SPACING, FIRST_HAZARD:FIRST_SEQUENCE].numpy())
+    caution = own_caution(cloud.caution, taught, edge_probs(hazard))
     shown = _golden_rows(hazard.max(axis=(1, 2)))
     golden = encode_golden(seen[shown], hazard[shown], life[shown], GOLDEN_TOLERANCE)
     write_whole(out / GOLDEN, golden)
-    info = _info(cloud, part, seen, columns, hazard)
+    info = _info(cloud, part, seen, columns, hazard, caution)
     write_whole(out / INFO, info.to_json())
     forecaster = Forecaster(out)
     say(f"{MODEL}: {(out / MODEL).stat().st_size} bytes, {forecaster.prove():.1e} from the student")
@@ -141,7 +145,32 @@ def opinions(part: Part, cloud: Cloud, period: int, forecaster: Forecaster) -> d
         for first in range(0, series.context.shape[0], _CHUNK)
     ]
     edge = edge_probs(np.concatenate(hazard))
-    return {CLOUD: Opinion(said, cloud.caution), EDGE: Opinion(edge, cloud.caution)}
+    own = dict(zip(HORIZONS, forecaster.info.caution, strict=True))
+    return {CLOUD: Opinion(said, cloud.caution), EDGE: Opinion(edge, own)}
+
+
+def own_caution(caution: Mapping[int, float], cloud: Floats, edge: Floats) -> tuple[float, ...]:
+    """Return the cautions at which an edge model alarms where its cloud model does.
+
+    Near the cloud's threshold the edge model is a little above or below it; by one spread of
+    that it is more wary.
+
+    Args:
+        caution: Of the cloud model, by horizon.
+        cloud: Its probabilities of rows of the training time [N, H, 1 + C].
+        edge: Those of the edge model.
+    """
+    own = []
+    for i, horizon in enumerate(HORIZONS):
+        threshold = np.log(caution[horizon])
+        asked, told = (
+            np.log(np.maximum(probs[:, i, 1:].max(axis=1), SMALLEST) / probs[:, i, 0])
+            for probs in (cloud, edge)
+        )
+        apart = (told - asked)[np.abs(asked - threshold) < NEAR]
+        shift = float(apart.mean() - apart.std()) if apart.size else 0.0
+        own.append(round(float(np.exp(threshold + shift)), 6))
+    return tuple(own)
 
 
 def _golden_rows(hazard: Floats32) -> Ints:
@@ -153,11 +182,16 @@ def _golden_rows(hazard: Floats32) -> Ints:
 
 
 def _info(
-    cloud: Cloud, part: Part, seen: Floats32, columns: list[int], hazard: Floats32
+    cloud: Cloud,
+    part: Part,
+    seen: Floats32,
+    columns: list[int],
+    hazard: Floats32,
+    caution: tuple[float, ...],
 ) -> BundleInfo:
     """Return what the bundle says of itself, its accuracy not yet measured."""
-    caution = cloud.caution[ALERT_HORIZON]
-    threshold = caution / (1.0 + caution)  # P(component) > caution * P(no failure)
+    decisive = caution[HORIZONS.index(ALERT_HORIZON)]
+    threshold = decisive / (1.0 + decisive)  # P(component) > caution * P(no failure)
     share = (hazard[:, :, HORIZONS.index(ALERT_HORIZON)] >= threshold).any(axis=1).mean()
     suspect = float(np.clip(MOST_ALERTS * share, LEAST_SUSPECT, 1.0))
     has_telemetry = not bool(np.isnan(part.fleet.telemetry).all())
@@ -172,6 +206,8 @@ def _info(
         alerts=AlertRule(float(ALERT_HORIZON), round(threshold, 6), round(suspect, 4)),
         accuracy={},
         optional=tuple(COLUMNS[columns[i]] for i in unknown),
+        service_period_hours=int(cloud.calibration["service_period_hours"]),
+        caution=caution,
     )
 
 

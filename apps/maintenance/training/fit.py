@@ -29,7 +29,14 @@ from core_model.model import MoETransformer
 from core_model.packing import RaggedBatch
 from core_model.series import SeriesAdapter
 from core_model.series_tasks import FORECAST, HORIZONS, NUM_COMPONENTS, NUM_HAZARDS
-from core_model.training import TrainSettings, WeightedSample, predict, rebalance_task, train_task
+from core_model.training import (
+    Loss,
+    TrainSettings,
+    WeightedSample,
+    predict,
+    rebalance_task,
+    train_task,
+)
 
 SETTINGS = TrainSettings(epochs=4, batch_size=512, peak_lr=2e-3, weight_decay=0.3)
 LEAST_STEPS = 200  # of training, where rows are few
@@ -159,18 +166,14 @@ def fit_sequence(examples: Examples, tree: Floats32, fit: Fit) -> MoETransformer
     return model
 
 
-def learn(model: MoETransformer, batch: RaggedBatch, examples: Examples, fit: Fit) -> None:
-    """Train whatever of a model is not frozen on examples and their batch, in place."""
-    adapter = model.adapters[FORECAST.name]
-    if isinstance(adapter, SeriesAdapter):
-        adapter.fit_scaling(batch)
-    hours_BC, weight_B = _tensor(examples.hours, fit.device), _tensor(examples.weight, fit.device)
-    observed_B = _tensor(examples.observed, fit.device)
-    known_B = _tensor(~np.isnan(examples.left), fit.device)
-    log_left_B = torch.log1p(_tensor(np.nan_to_num(examples.left), fit.device))
+def loss_of(examples: Examples, device: str) -> Loss:
+    """Return the likelihood of the sequence experts' hazards, and the quantiles of the hours left."""
+    hours_BC, weight_B = _tensor(examples.hours, device), _tensor(examples.weight, device)
+    observed_B = _tensor(examples.observed, device)
+    known_B = _tensor(~np.isnan(examples.left), device)
+    log_left_B = torch.log1p(_tensor(np.nan_to_num(examples.left), device))
 
     def loss(outputs: Tensor, chosen: Tensor) -> Tensor:
-        """Likelihood of the sequence experts' hazards, and the quantiles of the hours left."""
         weight = weight_B[chosen] / weight_B[chosen].sum()
         sequence = outputs[:, FIRST_SEQUENCE:].unflatten(1, (len(HORIZONS), NUM_COMPONENTS))
         quantiles = outputs[:, FIRST_HOURS:FIRST_HAZARD]
@@ -178,9 +181,17 @@ def learn(model: MoETransformer, batch: RaggedBatch, examples: Examples, fit: Fi
         per_row = hazard_loss(sequence, hours_BC[chosen], observed_B[chosen]) + HOURS_WEIGHT * hours
         return (weight * per_row).sum()
 
+    return loss
+
+
+def learn(model: MoETransformer, batch: RaggedBatch, examples: Examples, fit: Fit) -> None:
+    """Train whatever of a model is not frozen on examples and their batch, in place."""
+    adapter = model.adapters[FORECAST.name]
+    if isinstance(adapter, SeriesAdapter):
+        adapter.fit_scaling(batch)
     settings = _settings(fit, examples.machine.size)
-    sample = WeightedSample(FORECAST.name, batch, weight_B)
-    train_task(model, sample, loss, settings, fit.seed, lambda *_: None)
+    sample = WeightedSample(FORECAST.name, batch, _tensor(examples.weight, fit.device))
+    train_task(model, sample, loss_of(examples, fit.device), settings, fit.seed, lambda *_: None)
 
 
 def _settings(fit: Fit, num_rows: int) -> TrainSettings:

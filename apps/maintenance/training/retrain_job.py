@@ -146,7 +146,7 @@ def _tune(order: Order, part: Part, out: Path, say: Say) -> None:
     )
     path = order.deployed / CALIBRATION
     before_it = json.loads(path.read_bytes()) if path.exists() else {}
-    write_chosen(out, {**before_it, **chosen_by(runs)})
+    write_chosen(out, {**before_it, **chosen_by(runs, runs.calibration())})
 
 
 def _figures(model: MoETransformer, booster: Booster, runs: Runs) -> dict[str, float]:

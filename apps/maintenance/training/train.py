@@ -12,8 +12,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from apps.maintenance.tables import read_fleet
 from apps.maintenance.training.azure_report import PartReport, as_text
 from apps.maintenance.training.azure_runs import Runs, stored
 from apps.maintenance.training.fit import (
+    Calibration,
     Examples,
     Fit,
     calibrate,
@@ -98,17 +101,18 @@ def main(args: argparse.Namespace) -> int:
     fleet, source = fleet_of(args)
     flag = "--simulate" if args.simulate else f"--data {args.data.name}"
     command = f"trimoe maintenance train {flag} --preset {args.preset} --seed {args.seed}"
-    recipe = Recipe(
-        part=training_part(fleet),
-        out=args.out,
-        work=args.work or args.out / "work",
-        seed=args.seed,
-        preset=args.preset,
-        device=args.device,
-        source=source,
-        command=f"{command} --out {args.out.name}",
-    )
-    figures = train_part(recipe, say)
+    with nullcontext(args.work) if args.work else TemporaryDirectory() as work:
+        recipe = Recipe(
+            part=training_part(fleet),
+            out=args.out,
+            work=Path(work),
+            seed=args.seed,
+            preset=args.preset,
+            device=args.device,
+            source=source,
+            command=f"{command} --out {args.out.name}",
+        )
+        figures = train_part(recipe, say)
     print(json.dumps({"version": _version(args.seed), **_headline(figures)}))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -144,7 +148,7 @@ def train_part(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any]:
     if runs.has_telemetry:
         usual = np.nanmean(part.fleet.telemetry, axis=(0, 1))
     chosen = {
-        **chosen_by(runs),
+        **chosen_by(runs, runs.calibration()),
         "held_out": {str(h): figures["horizons"][str(h)] for h in HORIZONS},
         "degraded": figures.get("degraded", {}),
         "usual": usual.round(4).tolist(),
@@ -181,9 +185,9 @@ def carry_trees(model: MoETransformer, booster: Booster) -> None:
         adapter.set_ensemble(to_ensemble(booster))
 
 
-def chosen_by(runs: Runs) -> dict[str, Any]:
+def chosen_by(runs: Runs, calibration: Calibration) -> dict[str, Any]:
     """Return what ``forecast.json`` holds beside figures."""
-    fleet, calibration = runs.part.fleet, runs.calibration()
+    fleet = runs.part.fleet
     return {
         "caution": {str(h): calibration.caution[h] for h in HORIZONS},
         "interval_margin": calibration.margin,

@@ -64,18 +64,29 @@ def bucket_rows(context: Floats32) -> Floats32:
 
 
 def fit_hazard_trees(lives: Lives, seed: int, threads: int) -> xgboost.Booster:
-    """Fit on all buckets that a row may still fail in and that were looked after."""
+    """Fit each component on the buckets that it lived up to and that were looked after.
+
+    A component that has failed in an earlier bucket says nothing of a later one.  Counted as
+    one that lived through it, it would teach that what is about to fail never fails later.
+    """
     ends = np.array(HORIZONS)[None, :, None]
     starts = np.concatenate([[0], HORIZONS[:-1]])[None, :, None]
-    hours = lives.hours[:, None]
-    observed = np.array(HORIZONS) <= lives.observed[:, None]
-    at_risk = (hours > starts).any(axis=2) & observed
-    fails = ((hours > starts) & (hours <= ends)).astype(np.float32)
-    weight = np.repeat(lives.weight[:, None], len(HORIZONS), axis=1)
-    data = xgboost.DMatrix(
-        bucket_rows(lives.context)[at_risk], fails[at_risk], weight=weight[at_risk]
-    )
-    return xgboost.train({**PARAMETERS, "seed": seed, "nthread": threads}, data, NUM_ROUNDS)
+    hours_N1C = lives.hours[:, None]
+    observed_NH1 = ends[:, :, 0, None] <= lives.observed[:, None, None]
+    at_risk_NHC = (hours_N1C > starts) & observed_NH1
+    asked = at_risk_NHC.any(axis=2)
+    fails = (hours_N1C <= ends)[asked].astype(np.float32)
+    weight = np.repeat(lives.weight[:, None], len(HORIZONS), axis=1)[asked, None]
+    counted: Floats32 = at_risk_NHC[asked] * weight
+
+    def likelihood(margin: Floats32, _: xgboost.DMatrix) -> tuple[Floats32, Floats32]:
+        """Gradient and Hessian of the logistic loss, 0 where a component is not at risk."""
+        prob = (1.0 / (1.0 + np.exp(-margin))).astype(np.float32)
+        return counted * (prob - fails), counted * prob * (1.0 - prob)
+
+    data = xgboost.DMatrix(bucket_rows(lives.context)[asked], fails)
+    settings = {**PARAMETERS, "seed": seed, "nthread": threads}
+    return xgboost.train(settings, data, NUM_ROUNDS, obj=likelihood)
 
 
 def ask_trees(booster: xgboost.Booster, context: Floats32) -> Floats32:

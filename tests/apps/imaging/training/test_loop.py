@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from apps.imaging.phantom import PhantomShape, make_phantom
-from apps.imaging.resample import PatientGrid
+from apps.imaging.training.adrenal import pack_shapes
+from apps.imaging.training.known import Known
 from apps.imaging.training.loop import (
     WINDOWS_EACH,
     Volume,
@@ -16,6 +16,8 @@ from apps.imaging.training.loop import (
     draw_at,
     infer_labels,
     only_known,
+    organ_adapter,
+    organ_dice,
     to_device,
     train_volumes,
     vary_density,
@@ -25,15 +27,12 @@ from apps.imaging.training.loop import (
 from apps.imaging.windows import PATCH, WINDOW, WindowPlan, from_patches
 from core_model.config import PRESETS
 from core_model.model import MoETransformer
+from core_model.voxels import VoxelHead
 
-SMALL = PhantomShape(slices=40, pixels=64, slice_mm=6.0, pixel_mm=6.4, noise_hu=10.0)
 
-
-@pytest.fixture(scope="module")
-def volume() -> Volume:
-    stack, labels = make_phantom(0, SMALL)
-    grid = PatientGrid(stack, 3.0)
-    return Volume(grid.sample().round().astype(np.int16), grid.gather(labels))
+@pytest.fixture
+def volume(phantoms: list[Known]) -> Volume:
+    return phantoms[0].volume
 
 
 def test_the_truth_of_a_window_lies_where_its_voxels_do(volume: Volume) -> None:
@@ -111,6 +110,45 @@ def test_a_window_says_which_labels_are_known_in_its_case(volume: Volume) -> Non
     found = draw_at(plan, partial, plan.corners[0]).known.tolist()
     assert found == [True, *(bool((partial == i).any()) for i in range(1, 8))]
     assert not found[3]
+
+
+def test_dice_counts_contoured_organs_alone() -> None:
+    truth = np.zeros((4, 4, 4), dtype=np.uint8)
+    truth[:2], truth[3] = 1, 7
+    said = truth.copy()
+    said[1], said[2] = 0, 2
+    dice = organ_dice(said, truth)
+    assert dice[[0, 6]].tolist() == pytest.approx([2 / 3, 1.0])
+    assert np.isnan(dice[1:6]).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("task", ["organs", "adrenal"])
+def test_only_what_trains_organs_on_cuda_is_narrowed(volume: Volume, task: str) -> None:
+    model = MoETransformer(PRESETS["tiny"], [task]).cuda()
+    if task == "organs":
+        organ_adapter(model).narrow_training()
+        draws = WindowDraws([volume], VolumeSettings(), seed=1)
+        batch, _, _ = to_device(collate(list(draws.draw(np.random.default_rng(0)))), "cuda")
+    else:
+        batch = pack_shapes(torch.ones(2, 28, 28, 28, dtype=torch.bool, device="cuda"))
+
+    def kind_of_maps() -> torch.dtype:
+        step = model.encode_and_run({task: batch})
+        assert step.pieces[task].dtype == torch.float32
+        if task == "organs":
+            head = model.heads[task]
+            assert isinstance(head, VoxelHead)
+            full, _ = head.decode(step.pieces[task], step.encoded[task])
+            assert full.dtype == step.encoded[task].side["half"].dtype
+        return step.encoded[task].side["half"].dtype
+
+    trained = torch.bfloat16 if task == "organs" else torch.float32
+    assert kind_of_maps() == trained
+    with torch.no_grad():  # as norms are settled
+        assert kind_of_maps() == torch.float32
+    model.eval()
+    assert kind_of_maps() == torch.float32
 
 
 @pytest.mark.slow

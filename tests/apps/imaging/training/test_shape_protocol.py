@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from apps.imaging.training import shape_protocol
@@ -13,30 +12,13 @@ from apps.imaging.training.shape_protocol import evaluate_adrenal
 from core_model.checkpoint import load_checkpoint
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Large and small boxes, in the layout of the benchmark."""
-    rng = np.random.default_rng(0)
-    arrays: dict[str, np.ndarray] = {}
-    for part, num in (("train", 32), ("val", 12), ("test", 12)):
-        masks = np.zeros((num, 28, 28, 28), dtype=np.uint8)
-        classes = np.arange(num) % 2
-        for mask, large in zip(masks, classes, strict=True):
-            low, edge = rng.integers(4, 8, 3), 10 if large else 4
-            mask[tuple(slice(a, a + edge) for a in low)] = 255
-        arrays[f"{part}_images"], arrays[f"{part}_labels"] = masks, classes[:, None]
-    path = tmp_path / "adrenalmnist3d.npz"
-    np.savez(path, allow_pickle=False, **arrays)
-    return path
-
-
 @pytest.mark.slow
 def test_every_row_is_reported_and_a_finished_seed_is_not_trained_again(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adrenal_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ShapeSettings(epochs=3, batch_size=8, peak_lr=4e-3, average_decay=0.5)
     monkeypatch.setattr(shape_protocol, "ShapeSettings", lambda: settings)
-    args = argparse.Namespace(data=[data], seeds=2, preset="tiny", device="cpu", loaders=0)
+    args = argparse.Namespace(data=[adrenal_file], seeds=2, preset="tiny", device="cpu", loaders=0)
     lines: list[str] = []
     report = evaluate_adrenal(args, Parts(tmp_path / "work"), "a command", lines.append)
     assert [(row["size"], row["flips"]) for row in report["rows"]] == [(28, False), (28, True)]

@@ -14,7 +14,7 @@ from apps.maintenance.chances import first_failure
 from apps.maintenance.edge.bundle import GOLDEN, INFO, MODEL, OUTPUTS, pack, read_info
 from apps.maintenance.edge.forecast import Forecaster
 from apps.maintenance.edge.sources import Window
-from apps.maintenance.fleet import Fleet, Floats32
+from apps.maintenance.fleet import Fleet, Floats, Floats32
 from apps.maintenance.inputs import COLUMNS, TELEMETRY_COLUMNS, Series
 from apps.maintenance.protocol import HORIZONS
 from apps.maintenance.simulate import SimulationConfig, simulate
@@ -22,7 +22,7 @@ from apps.maintenance.sync.outcomes import Outcome
 from apps.maintenance.sync.publishing import publish_bundle
 from apps.maintenance.training.azure_runs import Runs
 from apps.maintenance.training.cloud import Cloud
-from apps.maintenance.training.distill import distil
+from apps.maintenance.training.distill import NEAR, distil, own_caution
 from apps.maintenance.training.edge_net import on_columns
 from apps.maintenance.training.edge_report import edge_probs
 from apps.maintenance.training.fit import Examples
@@ -88,7 +88,7 @@ def checkpoint(examples: Examples, tmp_path_factory: pytest.TempPathFactory) -> 
         "caution": {str(h): 0.3 for h in HORIZONS},
         "interval_margin": 0.1,
         "life_cap_hours": 360,
-        "service_period_hours": 0,
+        "service_period_hours": 336,
     }
     (folder / CALIBRATION).write_text(json.dumps(chosen))
     return folder
@@ -172,14 +172,33 @@ def test_bundle_says_what_it_reads_and_proves_itself(edge: Path) -> None:
     info = read_info(edge)
     assert (info.version, info.variant, info.name) == (3, "both", "forecast-both-3")
     assert info.features[0] == "to_visit_h"
+    assert info.service_period_hours == 336
     assert "mean_3h_0" in info.optional
     assert {"age_years", "model_0"} <= set(info.required)
-    assert info.alerts.threshold == pytest.approx(0.3 / 1.3, abs=1e-6)
+    own = info.caution[HORIZONS.index(48)]
+    assert 0.1 < own <= 0.3  # the cloud's is .3
+    assert info.alerts.threshold == pytest.approx(own / (1 + own), abs=1e-6)
     assert {f"macro_f1_{h}h" for h in HORIZONS} <= set(info.accuracy)
     forecaster = Forecaster(edge)
     assert forecaster.prove() < 1e-3
     assert forecaster.forecast(forecaster.golden.features).is_sane.all()
     assert (edge / MODEL).stat().st_size < 1_000_000
+
+
+def test_edge_is_more_wary_by_the_spread_of_its_error_near_the_threshold() -> None:
+    odds = np.linspace(-8, 4, 2001)  # of failing, at every horizon alike
+    error = np.where(np.arange(odds.size) % 2, 0.5, -0.1)
+
+    def probs(log_odds: Floats) -> Floats:
+        failing = 1 / (1 + np.exp(-log_odds))
+        classes = np.stack([1 - failing, failing, *np.zeros((3, failing.size))], axis=1)
+        return np.repeat(classes[:, None], len(HORIZONS), axis=1)
+
+    caution = dict.fromkeys(HORIZONS, 0.2)
+    near = np.abs(odds - np.log(0.2)) < NEAR
+    found = own_caution(caution, probs(odds), probs(odds + np.where(near, error, 9.0)))
+    np.testing.assert_allclose(found, 0.2 * np.exp(0.2 - 0.3), rtol=1e-3)
+    assert own_caution(caution, probs(odds[:2]), probs(odds[:2])) == (0.2,) * len(HORIZONS)
 
 
 def test_student_is_nearer_to_the_cloud_than_the_trees_alone(

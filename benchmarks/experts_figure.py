@@ -1,0 +1,56 @@
+"""A picture of which experts work for which application, as SVG."""
+
+from collections.abc import Mapping
+from html import escape
+
+import numpy as np
+from numpy.typing import NDArray
+
+CELL, GAP, LEFT, TOP = 26, 14, 90, 34
+LIGHT, DARK = np.array([247, 251, 255]), np.array([8, 69, 148])
+FULL = 2.0  # times the even share that is drawn darkest
+
+
+def draw_shares(shares: Mapping[str, NDArray[np.float64]]) -> str:
+    """Return an SVG: a block of rows per layer, a row per task, a column per expert.
+
+    Args:
+        shares: Of each task's choices that fell on each expert, by task [L, E].
+    """
+    tasks = list(shares)
+    layers, experts = shares[tasks[0]].shape
+    block = CELL * len(tasks) + GAP
+    width, height = LEFT + CELL * experts + 60, TOP + block * layers + 24
+    parts = [
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+            f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">'
+        ),
+        '<rect width="100%" height="100%" fill="white"/>',
+        (
+            f'<text x="{LEFT}" y="18">times the even share of an application\'s tokens, '
+            "by expert (columns) and layer (blocks)</text>"
+        ),
+    ]
+    for layer in range(layers):
+        top = TOP + layer * block
+        for i, task in enumerate(tasks):
+            y = top + i * CELL
+            parts.append(
+                f'<text x="{LEFT - 8}" y="{y + 17}" text-anchor="end">{escape(task)}</text>'
+            )
+            for expert, times in enumerate(shares[task][layer] * experts):
+                parts.append(_cell(LEFT + expert * CELL, y, float(times)))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _cell(x: int, y: int, times: float) -> str:
+    depth = min(times / FULL, 1.0)
+    red, green, blue = (LIGHT + depth * (DARK - LIGHT)).round().astype(int)
+    ink = "white" if depth > 0.55 else "black"
+    return (
+        f'<rect x="{x}" y="{y}" width="{CELL - 1}" height="{CELL - 1}" '
+        f'fill="rgb({red},{green},{blue})"/>'
+        f'<text x="{x + CELL / 2 - 0.5}" y="{y + 17}" text-anchor="middle" font-size="10" '
+        f'fill="{ink}">{times:.1f}</text>'
+    )

@@ -1,0 +1,150 @@
+"""The trainings behind ``trimoe bench model --shared-vs-separate``; finished ones are reused.
+
+shared       one block stack for all tasks
+separate-T   task T alone, in a stack of the same size
+dense        all tasks, one stack without routed experts whose tokens meet as many parameters
+lean-local   all tasks without their special experts: no trees, local volume experts alone
+lean-global  the same with global volume experts alone
+loss         shared, experts balanced by an auxiliary loss in the place of their bias
+unbalanced   shared, experts not balanced at all
+"""
+
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from apps.joint import Lesson, Plan, fit
+from benchmarks.model_balance import Mix, routing_of
+from core_model.config import MoEConfig
+
+Figures = dict[str, Any]
+GSHARD_WEIGHT = (
+    0.01  # of the auxiliary loss, as DeepSeek-V2 weighs its expert-level one by .003 to .01
+)
+_LESSONS: dict[str, Sequence[Lesson]] = {}
+
+
+class Lessons(NamedTuple):
+    """What there is to learn.
+
+    Args:
+        whole: One of each task.
+        lean: The same without special experts, by which volume experts are left.
+    """
+
+    whole: Sequence[Lesson]
+    lean: Mapping[str, Sequence[Lesson]]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One training.
+
+    Args:
+        name: See above.
+        lessons: "whole" or a key of ``Lessons.lean``.
+        tasks: Those of them that it learns.
+        plan: How.
+    """
+
+    name: str
+    lessons: str
+    tasks: tuple[str, ...]
+    plan: Plan
+
+    @property
+    def key(self) -> str:
+        """Name and seed."""
+        return f"{self.name}-{self.plan.seed}"
+
+
+def dense_of(config: MoEConfig) -> MoEConfig:
+    """Return a stack without a choice whose tokens meet as many parameters."""
+    return replace(
+        config, num_experts=1, num_chosen=1, d_expert=config.d_expert * config.num_chosen
+    )
+
+
+def parts_of(lessons: Lessons, plan: Plan, seeds: int) -> list[Part]:
+    """Return all trainings, those of one seed after those of the other."""
+    tasks = tuple(each.task for each in lessons.whole)
+    found = []
+    for seed in range(seeds):
+        own = replace(plan, seed=seed)
+        found += [Part("shared", "whole", tasks, own)]
+        found += [Part(f"separate-{task}", "whole", (task,), own) for task in tasks]
+        found += [Part("dense", "whole", tasks, replace(own, config=dense_of(plan.config)))]
+        found += [Part(f"lean-{left}", left, tasks, own) for left in lessons.lean]
+    settings = plan.settings
+    by_loss = replace(settings, balance_loss=GSHARD_WEIGHT)
+    found += [Part("loss", "whole", tasks, replace(plan, settings=by_loss))]
+    free = replace(settings, bias_rate=0.0)
+    found += [Part("unbalanced", "whole", tasks, replace(plan, settings=free))]
+    return found
+
+
+def train_part(part: Part) -> Figures:
+    """Train once; return the metrics of each task and what the experts were chosen for."""
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")
+    lessons = [each for each in _LESSONS[part.lessons] if each.task in part.tasks]
+    model = fit(lessons, part.plan, _nothing, is_levelled=part.name != "unbalanced")
+    metrics = {each.task: each.measure(model) for each in lessons}
+    stack = sum(p.numel() for p in [*model.blocks.parameters(), model.final_norm])
+    pointers = {p.data_ptr() for p in model.blocks.parameters()}
+    figures: Figures = {"metrics": metrics, "stack_parameters": stack, "storages": len(pointers)}
+    if part.name in ("shared", "loss", "unbalanced"):
+        mix = Mix({each.task: routing_of(model, each) for each in lessons}, part.plan.config)
+        figures["balance"] = mix.figures(part.plan.seed)
+    return figures
+
+
+def run_parts(
+    parts: Sequence[Part], lessons: Lessons, jobs: int, work: Path, say: Callable[[str], None]
+) -> dict[str, Figures]:
+    """Return the figures of all trainings, several at once if asked; each is kept as it ends."""
+    by_name = {"whole": lessons.whole, **lessons.lean}
+    found = {
+        part.key: json.loads(path.read_text("utf-8"))
+        for part in parts
+        if (path := _path(work, part)).exists()
+    }
+    missing = [part for part in parts if part.key not in found]
+    for part, figures in _trained(missing, by_name, jobs):
+        _path(work, part).write_text(json.dumps(figures), encoding="utf-8")
+        found[part.key] = figures
+        say(f"{part.key}: {figures['metrics']}")
+    return found
+
+
+def _trained(
+    parts: Sequence[Part], lessons: Mapping[str, Sequence[Lesson]], jobs: int
+) -> Iterator[tuple[Part, Figures]]:
+    if jobs < 2:
+        _take(lessons)
+        yield from ((part, train_part(part)) for part in parts)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, initializer=_take, initargs=(lessons,)) as pool:
+        running = {pool.submit(train_part, part): part for part in parts}
+        for done in as_completed(running):
+            yield running[done], done.result()
+
+
+def _take(lessons: Mapping[str, Sequence[Lesson]]) -> None:
+    """Keep lessons for the trainings of this process."""
+    _LESSONS.update(lessons)
+
+
+def _path(work: Path, part: Part) -> Path:
+    return work / f"{part.key}.json"
+
+
+def _nothing(*_: object) -> None:
+    """Say nothing."""
