@@ -5,6 +5,7 @@ from pathlib import Path
 
 from apps.arguments import Subparsers, add_lessons, count, later, positive
 
+KERNEL_OPS = ("norm", "permute", "combine", "routing", "trees", "experts", "attention", "moe")
 SERVING_CASES = ("mixed", "goodput", "lengths", "long", "overload", "versions", "sweep")
 
 
@@ -17,6 +18,7 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_imaging(subjects)
     _add_edge(subjects)
     _add_model(subjects)
+    _add_kernels(subjects)
 
 
 def _add_common(parser: argparse.ArgumentParser, module: str) -> None:
@@ -111,3 +113,12 @@ def _add_model(subjects: Subparsers) -> None:
     )
     add_lessons(parser)
     _add_common(parser, "benchmarks.model")
+
+
+def _add_kernels(subjects: Subparsers) -> None:
+    parser = subjects.add_parser("kernels", help="each op beside its peers, against the roofline")
+    parser.add_argument("--op", action="append", choices=KERNEL_OPS, help="default: all")
+    parser.add_argument(
+        "--seconds", type=float, default=420.0, help="after which no further case begins"
+    )
+    _add_common(parser, "benchmarks.kernels")
