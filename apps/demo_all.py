@@ -29,7 +29,7 @@ from apps.fraud.trial import Offer, Outcome
 from apps.imaging import demo as imaging
 from apps.imaging.batch.driver import Crew
 from apps.imaging.batch.driver import Outcome as BatchOutcome
-from apps.imaging.batch.workers import WorkerPlan
+from apps.imaging.batch.workers import NICENESS, WorkerPlan
 from apps.maintenance import demo as maintenance
 from cluster.errors import ConfigurationError
 from cluster.platform import PlatformConfig, start
@@ -210,7 +210,7 @@ def hire_workers(plan: WorkerPlan) -> Iterator[Crew]:
     """Run the workers of a batch on the platform that is up; then drain them."""
     from cluster.workers import run_workers  # noqa: PLC0415 - ray reads settings at import
 
-    group = run_workers(plan, IMAGING_WORKERS)
+    group = run_workers(plan, IMAGING_WORKERS, niceness=NICENESS)
     try:
         yield group
     finally:

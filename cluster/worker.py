@@ -6,10 +6,12 @@ The actor builds the service in its own process and runs it in its event loop.
 import asyncio
 import logging
 import os
+import threading
 from collections.abc import Callable, Collection
 from typing import NamedTuple, Protocol
 
 import ray
+from ray import cloudpickle
 from ray.exceptions import RayError
 
 from cluster.client import Client
@@ -40,20 +42,35 @@ class Place(NamedTuple):
     node_id: str
 
 
+class Job(NamedTuple):
+    """What workers run.
+
+    Args:
+        build: A pickled ``Build``: its imports, too, run at the worker's priority.
+        num_workers: How many there are.
+        dial: Returns a worker's client.
+        niceness: Of what a worker computes, as of ``nice``.
+    """
+
+    build: bytes
+    num_workers: int
+    dial: Callable[[], Client]
+    niceness: int = 0
+
+
 class Worker:
     """The actor: builds the service on each run, in the actor's event loop."""
 
-    def __init__(
-        self, build: Build, index: int, num_workers: int, dial: Callable[[], Client]
-    ) -> None:
-        self._build = build
-        self._share = (index, num_workers)
-        self._dial = dial
+    def __init__(self, job: Job, index: int) -> None:
+        self._job, self._index = job, index
         self._service: Service | None = None
 
     async def run(self) -> None:
         """Build the service and run it to its end."""
-        self._service = self._build(*self._share, self._dial())
+        job = self._job
+        yield_to_others(job.niceness)
+        build: Build = cloudpickle.loads(job.build)
+        self._service = build(self._index, job.num_workers, job.dial())
         await self._service.run()
 
     async def request_stop(self) -> None:
@@ -72,6 +89,13 @@ class Worker:
     async def place(self) -> Place:
         """Return where this worker runs."""
         return Place(os.getpid(), ray.get_runtime_context().get_node_id())
+
+
+def yield_to_others(niceness: int) -> None:
+    """Lower the priority of this thread and of those it starts, such as ``to_thread``'s."""
+    own = threading.get_native_id()
+    current = os.getpriority(os.PRIO_PROCESS, own)
+    os.setpriority(os.PRIO_PROCESS, own, max(current, niceness))
 
 
 def _draining_nodes() -> Collection[str]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import ray
+from ray import cloudpickle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -27,7 +28,7 @@ from cluster.client import Client
 from cluster.errors import ConfigurationError, ReplicaLostError, TrimoeError
 from cluster.handle import connect, translate
 from cluster.placement import Node, choose_node
-from cluster.worker import Build, Place, Worker
+from cluster.worker import Build, Job, Place, Worker
 
 LOG = logging.getLogger(__name__)
 STOP_INTERVAL_S = 0.5  # a worker that restarts just now hears the next repetition
@@ -237,6 +238,7 @@ def run_workers(
     *,
     dial: Callable[[], Client] = connect,
     policy: RestartPolicy | None = None,
+    niceness: int = 0,
 ) -> WorkerGroup:
     """Start workers on the running Ray cluster and supervise them.
 
@@ -245,6 +247,8 @@ def run_workers(
         num_workers: How many.
         dial: Returns the worker's client; called in the worker.
         policy: How long to try.
+        niceness: Of what the workers compute: on a machine that it shares with the platform,
+            work that nobody waits for yields to whatever somebody does.
 
     Raises:
         ConfigurationError: No worker asked for.
@@ -253,7 +257,8 @@ def run_workers(
         message = f"workers: expected at least 1, got {num_workers}"
         raise ConfigurationError(message)
     actor_class = ray.remote(num_cpus=NOMINAL_CPUS, max_restarts=0, max_task_retries=0)(Worker)
-    shared = ray.put(build)  # once, however many workers and restarts; it may carry a table
+    job = Job(cloudpickle.dumps(build), num_workers, dial, niceness)
+    shared = ray.put(job)  # once, however many workers and restarts; it may carry a table
 
     def start(index: int, node_id: str | None) -> Any:  # noqa: ANN401 - Ray's handles have no type
         strategy: Any = "DEFAULT"
@@ -262,7 +267,7 @@ def run_workers(
                 node_id, soft=True, _spill_on_unavailable=True
             )
         placed = actor_class.options(scheduling_strategy=strategy)
-        return placed.remote(shared, index, num_workers, dial)
+        return placed.remote(shared, index)
 
     return WorkerGroup(start, num_workers, policy or RestartPolicy())
 

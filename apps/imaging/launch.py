@@ -22,7 +22,7 @@ from apps.imaging.batch.layout import Layout
 from apps.imaging.batch.plan import Batch, Shard
 from apps.imaging.batch.process import Application, Record
 from apps.imaging.batch.progress import progress_on
-from apps.imaging.batch.workers import WorkerPlan, WorkerSettings
+from apps.imaging.batch.workers import NICENESS, WorkerPlan, WorkerSettings
 from cluster.errors import ConfigurationError
 from cluster.membership import choose_address, joined
 
@@ -132,7 +132,7 @@ def hired(
             stack.callback(start(PlatformConfig(port=None, device=device, model=MODEL)).stop)
         from cluster.workers import run_workers  # noqa: PLC0415 - ray reads settings at import
 
-        group = run_workers(plan, num_workers)
+        group = run_workers(plan, num_workers, niceness=NICENESS)
         stack.callback(group.stop, plan.settings.drain_s + DRAIN_MARGIN_S)
         yield group
 

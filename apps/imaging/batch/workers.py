@@ -17,9 +17,7 @@ Rules:
 import asyncio
 import errno
 import logging
-import os
 import secrets
-import threading
 import time
 import traceback
 from contextlib import ExitStack, suppress
@@ -44,6 +42,9 @@ _APPS = Path(__file__).parents[2]
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no other case will fare better
 
 
+NICENESS = 15  # of workers: a batch yields to those whose answers somebody waits for
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
     """How a worker goes about it.
@@ -59,8 +60,6 @@ class WorkerSettings:
         first_pause_s: Pause after the platform gave no answer; doubles with each in a row.
         longest_pause_s: No pause is longer.
         patience_s: The platform may be silent for so long.
-        niceness: Of what a worker computes: on a machine that it shares with the platform, a
-            batch waits for those whose answers somebody waits for.
     """
 
     in_flight: int = 2
@@ -72,7 +71,6 @@ class WorkerSettings:
     first_pause_s: float = 1.0
     longest_pause_s: float = 30.0
     patience_s: float = 900.0
-    niceness: int = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +132,6 @@ class CaseWorker:
         if not self._layout.journal.is_file():
             message = "output directory: expected that of the batch on this machine too, got none"
             raise ConfigurationError(message)
-        _yield_to_others(self._plan.settings.niceness)
         with ExitStack() as stack:
             lease_s = self._plan.settings.lease_s
             stack.enter_context(Lease(self._layout.leases, self._name, lease_s))
@@ -263,13 +260,6 @@ class CaseWorker:
         )
         with suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), pause_s)
-
-
-def _yield_to_others(niceness: int) -> None:
-    """Lower the priority of this thread and of those it starts, such as ``to_thread``'s."""
-    own = threading.get_native_id()
-    current = os.getpriority(os.PRIO_PROCESS, own)
-    os.setpriority(os.PRIO_PROCESS, own, max(current, niceness))
 
 
 class _TooLongError(Exception):
