@@ -55,8 +55,9 @@ class Limits:
         queue_per_tenant: Waiting requests of one tenant at most.
         tokens_per_tenant: Waiting tokens of one tenant at most, unless it is a single request.
         max_step_ms: A step of interactive and batch work is planned to take no longer.
-        beside_stream_ms: Nor longer than this while a stream is expected, because of a stream
-            request that just misses a step the whole of it is latency.
+        beside_stream_ms: Nor longer than this by pieces of cut sequences while a stream is
+            expected: to a stream request that just misses a step the whole of it is latency, and
+            pieces share no fixed cost that a longer step would save.
         deadline_fraction: No step is planned to take more of the tightest deadline.
         deadline_memory_s: How long a tight deadline is remembered.
         admit_share: What is not expected to be done within so much of its deadline is refused;
@@ -415,9 +416,13 @@ class Scheduler:
             expected_ms = min(self._recent_ms(other) for other in above)
             fraction_ms = self._limits.deadline_fraction * expected_ms
             budget_ms = min(budget_ms, self._limits.max_step_ms, fraction_ms)
-            if self._recent_ms(ServiceClass.STREAM) < np.inf:
-                budget_ms = min(budget_ms, self._limits.beside_stream_ms)
         return max(budget_ms - self._cost.step_ms, self._cost.step_ms, MIN_ROOM_MS)
+
+    def _room_of_cut_ms(self, each: ServiceClass, room_ms: float) -> float:
+        """Room for sequences that are cut: a short step costs them nothing, a long one others."""
+        if each is ServiceClass.STREAM or self._recent_ms(ServiceClass.STREAM) == np.inf:
+            return room_ms
+        return min(room_ms, max(self._limits.beside_stream_ms - self._cost.step_ms, MIN_ROOM_MS))
 
     def _fill(self, plan: _Plan, each: ServiceClass, credit_ms: float) -> float:
         """Move pieces of a class into the step, in deadline order; return the work in them, ms.
@@ -427,13 +432,15 @@ class Scheduler:
         if not self._queues[each] or credit_ms <= 0:
             return 0.0
         room_ms, shares = self._room_ms(each), self._shares[each]
+        cut_ms = self._room_of_cut_ms(each, room_ms)
         ahead = shares.ahead()
         waiting = [job for job in self._queues[each] if not job.is_planned]
         in_order = [job for job in waiting if job.request.tenant not in ahead]
         in_order += [job for job in waiting if job.request.tenant in ahead]
         taken_ms = 0.0
         for job in in_order:
-            work_ms = plan.take(job, room_ms, credit_ms - taken_ms)
+            own_ms = cut_ms if job.work.is_cut else room_ms
+            work_ms = plan.take(job, own_ms, credit_ms - taken_ms)
             shares.charge(job.request.tenant, work_ms)
             taken_ms += work_ms
             if not job.is_planned:

@@ -34,6 +34,7 @@ class Bench:
         tenant: str = "t",
         *,
         is_spare: bool = False,
+        pieces: int = 1,
     ) -> Job:
         self.count += 1
         request = InferRequest(
@@ -46,7 +47,8 @@ class Bench:
             deadline_ms=deadline_ms,
         )
         future: asyncio.Future[InferResponse] = asyncio.get_running_loop().create_future()
-        work = Work.whole(np.array(tokens, dtype=np.int64))
+        sizes = np.array(tokens, dtype=np.int64)
+        work = Work.whole(sizes) if pieces == 1 else Work.even(sizes, pieces)
         job = Job(request, work, self.now, future, is_spare=is_spare)
         self.scheduler.submit(job)
         return job

@@ -267,14 +267,18 @@ def test_a_batch_step_leaves_room_for_a_tight_stream_request_seen_lately() -> No
     in_loop(scenario)
 
 
-def test_work_behind_a_stream_runs_in_shorter_steps_than_alone() -> None:
+@pytest.mark.parametrize(("pieces", "behind"), [(50, 30), (1, 100)])
+def test_pieces_behind_a_stream_run_in_shorter_steps_than_whole_sequences(
+    pieces: int, behind: int
+) -> None:
     def scenario() -> None:
         bench = Bench(replace(LIMITS, beside_stream_ms=4.05))  # of which 1 ms is fixed
-        bench.add([10] * 50, ServiceClass.BATCH, deadline_ms=1e6)
+        sizes = [500] if pieces > 1 else [10] * 50
+        bench.add(sizes, ServiceClass.BATCH, deadline_ms=1e6, pieces=pieces)
         assert tokens_of(bench.step()) == 100
         bench.add([10])
         bench.step()
-        assert tokens_of(bench.step()) == 30
+        assert tokens_of(bench.step()) == behind
         bench.now += LIMITS.deadline_memory_s
         assert tokens_of(bench.step()) == 100  # the stream is over
 
