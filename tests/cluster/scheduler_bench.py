@@ -23,6 +23,7 @@ class Bench:
         cost = CostModel()
         for n in (1, 1000) * 300:
             cost.observe({"task": n}, STEP_MS + TOKEN_MS * n)
+            cost.observe({"task/chunk": n}, STEP_MS + TOKEN_MS * n)
         self.scheduler = Scheduler(cost, lambda: self.now, limits)
         self.count = 0
 
