@@ -1,6 +1,6 @@
 """Several tasks in the same steps."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,15 @@ def source(task: str, batch: RaggedBatch, target_B: Tensor) -> SampleSource:
 
     sample = WeightedSample(task, batch, torch.ones(batch.num_sequences))
     return SampleSource(sample, loss, batch_size=50, seed=0, peak_lr=5e-3, weight_decay=0.0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums of several threads end in the order in which they come: not the same bits each time."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(usual)
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
 """A file in the layout of AdrenalMNIST3D, and small phantoms."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from apps.imaging.phantom import PhantomShape, make_phantom
 from apps.imaging.training.known import Known
@@ -32,3 +34,12 @@ def adrenal_file(tmp_path: Path) -> Path:
 def phantoms() -> list[Known]:
     """Three cases."""
     return [Known.of(*make_phantom(seed, SMALL)) for seed in range(3)]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums of several threads end in the order in which they come: not the same bits each time."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(usual)

@@ -114,6 +114,7 @@ def test_experts_that_are_left_out_have_no_say(phantoms: list[Known]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_a_run_that_was_cut_off_ends_with_the_same_bits(
     phantoms: list[Known], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adrenal_file: Path
 ) -> None:
