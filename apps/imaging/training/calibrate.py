@@ -21,6 +21,7 @@ from apps.imaging.training.loop import (
     draw_at,
     infer_labels,
     only_known,
+    organ_dice,
     to_device,
     voxel_logits,
 )
@@ -93,12 +94,11 @@ def fit_calibration(
     sure = np.full_like(dice, np.nan)
     for i, case in enumerate(held):
         labels, confidence, _ = infer_labels(model, case.hu)
+        dice[i] = organ_dice(labels, case.volume.labels)
         for organ in range(len(ORGANS)):
-            said, truth = labels == organ + 1, case.volume.labels == organ + 1
+            said = labels == organ + 1
             if said.any():
                 sure[i, organ] = confidence[said].mean() / 255.0
-            if truth.any():
-                dice[i, organ] = 2.0 * (said & truth).sum() / (said.sum() + truth.sum())
     least = {name: _least_sure(sure[:, i], dice[:, i]) for i, name in enumerate(ORGANS)}
     whole = np.array(
         [
