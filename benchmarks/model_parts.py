@@ -15,13 +15,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from apps.joint import Lesson, Plan, fit
 from benchmarks.model_balance import Mix, routing_of
 from core_model.config import MoEConfig
+
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
 
 Figures = dict[str, Any]
 GSHARD_WEIGHT = (
@@ -131,10 +134,20 @@ def _trained(
         yield from ((part, train_part(part)) for part in parts)
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn, initializer=_take, initargs=(lessons,)) as pool:
+    given = (lessons, spawn.Value("i", 0))
+    with ProcessPoolExecutor(jobs, spawn, initializer=_join, initargs=given) as pool:
         running = {pool.submit(train_part, part): part for part in parts}
         for done in as_completed(running):
             yield running[done], done.result()
+
+
+def _join(lessons: Mapping[str, Sequence[Lesson]], joined: "Synchronized[int]") -> None:
+    """Begin as one of several processes; they take the GPUs in turn."""
+    with joined.get_lock():
+        number, joined.value = joined.value, joined.value + 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
+    _take(lessons)
 
 
 def _take(lessons: Mapping[str, Sequence[Lesson]]) -> None:

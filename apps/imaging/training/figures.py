@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 from numpy.typing import NDArray
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
@@ -77,6 +76,10 @@ def hausdorff95(
     own: NDArray[np.bool_], truth: NDArray[np.bool_], spacing: tuple[float, ...]
 ) -> float:
     """Return the 95 % Hausdorff distance in mm; the diagonal of the truth's box if none is found."""
+    from monai.metrics.hausdorff_distance import (  # noqa: PLC0415 - training needs no MONAI
+        compute_hausdorff_distance,
+    )
+
     box = np.argwhere(own | truth)
     low, high = box.min(axis=0), box.max(axis=0) + 1
     if not own.any():

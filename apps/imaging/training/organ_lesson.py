@@ -168,7 +168,7 @@ class OrganLesson:
         return self._packed(islice(self._random_windows(), num), device)
 
     def held_out(self, device: str) -> Iterator[RaggedBatch]:
-        """Yield every window of the cases held out."""
+        """Yield every window of the cases held out, and of those to measure on."""
         return self._packed(self._every_window(), device)
 
     def finish(self, model: MoETransformer, folder: Path) -> None:
@@ -199,7 +199,7 @@ class OrganLesson:
                 yield draw_at(plan, case.volume.labels, corners[i])
 
     def _every_window(self) -> Iterator[Drawn]:
-        for case in self._parts[1]:
+        for case in (*self._parts[1], *self.test):
             plan = WindowPlan(case.hu)
             for corner in plan.corners:
                 yield draw_at(plan, case.volume.labels, corner)

@@ -136,8 +136,9 @@ class ShapeLesson:
         return islice(served_shapes(self.train[0].to(device)), SETTLING)
 
     def held_out(self, device: str) -> Iterator[RaggedBatch]:
-        """Yield the validation part."""
-        return served_shapes(self.val[0].to(device))
+        """Yield the validation part and the test part."""
+        for masks, _ in (self.val, self.test):
+            yield from served_shapes(masks.to(device))
 
     def finish(self, model: MoETransformer, folder: Path) -> None:
         """Nothing: the logit is served as it is."""
