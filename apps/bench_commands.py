@@ -5,7 +5,7 @@ from pathlib import Path
 
 from apps.arguments import Subparsers, add_lessons, count, later, positive
 
-KERNEL_OPS = ("norm", "permute", "combine", "routing", "trees", "experts", "attention", "moe")
+KERNEL_OPS = ("norm", "routing", "trees", "attention", "block_sparse", "moe", "moe_fp8", "step")
 SERVING_CASES = ("mixed", "goodput", "lengths", "long", "overload", "versions", "sweep")
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.kernel_attention_peers import FA3_WINDOW
+from benchmarks.kernel_block_sparse import CUDNN_DENSE
 from benchmarks.kernel_op import OURS
 
 Row = Mapping[str, Any]
@@ -68,6 +69,8 @@ AIMS: Sequence[Aim] = (
     Aim("moe", "mixtral", (16384, 16384), "fraction", 0.70, 0.78),
     Aim("moe", "base", (16, 1024), "fraction", 0.60, 0.80),
     Aim("moe", "large", (16, 1024), "fraction", 0.60, 0.80),
+    Aim("moe_fp8", "qwen3", (64, 256), "fraction", 0.75, 0.80),
+    Aim("moe_fp8", "qwen3", (16384, 16384), "tflops", 950, 1150),
     Aim("attention", "window 1024+64 H16 D128", (65536, 65536), "us", 1600, 1100),
     Aim(
         "attention",
@@ -77,8 +80,28 @@ AIMS: Sequence[Aim] = (
         1.25,
         peer=FA3_WINDOW,
     ),
+    Aim(
+        "block_sparse",
+        "dropped H16 D128",
+        (65536, 65536),
+        "times_peer",
+        1 / 3,
+        1 / 5,
+        peer=CUDNN_DENSE,
+    ),
+    Aim(
+        "block_sparse",
+        "dropped H16 D128",
+        (131072, 131072),
+        "times_peer",
+        1 / 5,
+        1 / 8,
+        peer=CUDNN_DENSE,
+    ),
     Aim("norm", "D=4096", (16384, 16384), "fraction", 0.93, 0.96),
     Aim("trees", "300x4", (65536, 65536), "us", 1000, 300),
+    Aim("step", "base mixed", (256, 8192), "launches", 4 * 10 + 2, 4 * 6 + 2),  # blocks, and after
+    Aim("step", "large mixed", (256, 8192), "launches", 16 * 10 + 2, 16 * 6 + 2),
 )
 
 

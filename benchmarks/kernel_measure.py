@@ -35,6 +35,7 @@ TIME_OVER = "not measured: the time was over"
 ROW_NAMES = (
     *("op", "model", "size", "routing", "dtype", "who"),
     *("eager_us", "graph_us", "spread", "launches"),  # spread: of graph_us, if there is one
+    "peak_mb",  # of device memory, beside the inputs
     *("roofline_us", "fraction", "tflops", "max_error"),
     *("sets", "cache", "note", "device", "torch", "triton"),
 )
@@ -51,6 +52,7 @@ class Rival:
         graph: Samples inside a graph.
         call: One of those sampled.
         launches: Of one call.
+        peak_bytes: Most memory of the device that a call has at once, beside the inputs.
         max_error: Largest absolute difference from float64.
     """
 
@@ -60,6 +62,7 @@ class Rival:
     graph: Series | None = None
     call: Call | None = None
     launches: int | None = None
+    peak_bytes: int | None = None
     max_error: float | None = None
 
 
@@ -110,6 +113,7 @@ def _measured(
     alternate([each for rival in rivals for each in (rival.eager, rival.graph) if each])
     for rival in rivals:  # last, since a profiler slows what follows
         if rival.call is not None and is_gpu(device):
+            rival.peak_bytes = peak_bytes(rival.call)
             rival.launches = count_launches(rival.call)
     common: Row = {"sets": len(sets)}
     if ceilings is not None:
@@ -168,6 +172,16 @@ def max_error(output: Tensor, exact: tuple[Tensor, Tensor]) -> float:
     return float((output[rows].double() - values).abs().max())
 
 
+def peak_bytes(call: Call) -> int:
+    """Return the most bytes of the device that a call allocates at once."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def _row(
     op: Op[Inputs],
     case: Case[Inputs],
@@ -189,6 +203,8 @@ def _row(
         row["tflops"] = round(flops / took_us / 1e6, 2)
     if rival.launches is not None:
         row["launches"] = rival.launches
+    if rival.peak_bytes is not None:
+        row["peak_mb"] = round(rival.peak_bytes / 1e6, 3)
     if rival.max_error is not None:
         row["max_error"] = f"{rival.max_error:.3g}"
     row["note"] = rival.note

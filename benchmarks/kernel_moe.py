@@ -1,9 +1,9 @@
-"""The experts' feed-forward: alone on rows in expert order, and whole from tokens to tokens.
+"""The layer of routed experts, from tokens to tokens.
 
 Shapes of published models and of our presets, with tokens spread evenly over the experts or
 by Zipf's law: the expert of rank r is drawn 1 / r as often as the first.
 
-Legend: T tokens, D model, F expert hidden, E experts, K chosen, R routed rows.
+Legend: T tokens, D model, F expert hidden, E experts, K chosen.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,10 @@ from torch.nn import functional
 from benchmarks import kernel_moe_peers as peers
 from benchmarks.kernel_moe_inputs import MoEInputs
 from benchmarks.kernel_op import OURS, Call, Case, Op, Peer, spread_rows
-from benchmarks.kernel_roofline import Work, experts_work, moe_work
+from benchmarks.kernel_roofline import Work, moe_work
 from core_model.config import PRESETS
 from kernels.dispatch import Impl
-from kernels.grouped_ffn import grouped_ffn
-from kernels.permute import combine, permute
+from kernels.fused_moe import fused_moe, tile_rows
 from kernels.routing import route
 
 CHECKED_TOKENS = 16
@@ -55,7 +54,6 @@ MOE_SIZES = {
     LARGE: (16, 64, 256, 1024),
     BASE: (16, 64, 256, 1024),
 }
-EXPERTS_SIZES = {QWEN3: (64, 1024, 16384), LARGE: (256,), BASE: (256,)}
 
 
 def draw_logits(
@@ -80,18 +78,21 @@ def draw_moe(
     e, d, f, device = shape.num_experts, shape.width, shape.hidden, generator.device
     drawn = partial(torch.randn, generator=generator, device=device, dtype=dtype)
     logits_TE = draw_logits(num_tokens, e, routing, generator)
+    down_EDF = drawn(e, d, f).mul_(f**-0.5)
+    block_rows = tile_rows(num_tokens, shape.num_chosen, down_EDF)
+    bias_E = torch.zeros(e, device=device)
     return MoEInputs(
         x=drawn(num_tokens, d),
         logits=logits_TE,
         gate_up=drawn(e, 2 * f, d).mul_(d**-0.5),
-        down=drawn(e, d, f).mul_(f**-0.5),
-        routing=route(logits_TE, torch.zeros(e, device=device), shape.num_chosen),
+        down=down_EDF,
+        routing=route(logits_TE, bias_E, shape.num_chosen, block_rows=block_rows),
     )
 
 
-def _cases(sizes: dict[MoEShape, tuple[int, ...]], device: str) -> Sequence[Case[MoEInputs]]:
+def _cases(device: str) -> Sequence[Case[MoEInputs]]:
     is_cpu = device == "cpu"
-    sizes = {TINY: (12,)} if is_cpu else sizes
+    sizes = {TINY: (12,)} if is_cpu else MOE_SIZES
     dtype = torch.float32 if is_cpu else torch.bfloat16
     pairs = [(shape, size) for shape in sizes for size in sizes[shape]]
     return [
@@ -100,15 +101,11 @@ def _cases(sizes: dict[MoEShape, tuple[int, ...]], device: str) -> Sequence[Case
     ]
 
 
-def _experts_work(inputs: MoEInputs) -> Work:
-    _, d, f = inputs.down.shape
-    num_active = int((inputs.routing.load_E > 0).sum())
-    return experts_work(inputs.routing.tokens_R.numel(), num_active, d, f, inputs.x.dtype)
-
-
 def _moe_work(inputs: MoEInputs) -> Work:
     num_tokens, d = inputs.x.shape
-    return moe_work(num_tokens, inputs.routing.tokens_R.numel(), _experts_work(inputs), d)
+    num_rows, f = inputs.routing.tokens_R.numel(), inputs.down.shape[2]
+    num_active = int((inputs.routing.load_E > 0).sum())
+    return moe_work(num_tokens, num_rows, num_active, (d, f), inputs.x.dtype)
 
 
 def exact_rows(inputs: MoEInputs, x_ND: Tensor, expert_N: Tensor) -> Tensor:
@@ -120,13 +117,6 @@ def exact_rows(inputs: MoEInputs, x_ND: Tensor, expert_N: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def _exact_experts(inputs: MoEInputs) -> tuple[Tensor, Tensor]:
-    routing = inputs.routing
-    row_N = spread_rows(routing.tokens_R.numel(), CHECKED_TOKENS, inputs.x.device)
-    expert_N = torch.searchsorted(routing.ends_E, row_N, right=True)
-    return row_N, exact_rows(inputs, inputs.x[routing.tokens_R[row_N]], expert_N)
-
-
 def _exact_moe(inputs: MoEInputs) -> tuple[Tensor, Tensor]:
     token_N = spread_rows(len(inputs.x), CHECKED_TOKENS, inputs.x.device)
     expert_NK = inputs.routing.experts_TK[token_N]
@@ -136,55 +126,33 @@ def _exact_moe(inputs: MoEInputs) -> tuple[Tensor, Tensor]:
     return token_N, (weights_NK1 * y_NKD).sum(dim=1)
 
 
-def _run_experts(impl: Impl, inputs: MoEInputs) -> Call:
-    x_RD = inputs.x[inputs.routing.tokens_R].contiguous()
-    weights = (inputs.gate_up, inputs.down)
-    return lambda: grouped_ffn(x_RD, *weights, inputs.routing, impl=impl)
-
-
 def _run_moe(impl: Impl, inputs: MoEInputs) -> Call:
-    def call() -> Tensor:
-        routing = inputs.routing
-        x_RD = permute(inputs.x, routing.tokens_R, impl=impl)
-        y_RD = grouped_ffn(x_RD, inputs.gate_up, inputs.down, routing, impl=impl)
-        return combine(y_RD, routing.weights_TK, routing.rows_TK, impl=impl)
-
-    return call
+    experts = (inputs.gate_up, inputs.down, inputs.routing)
+    return lambda: fused_moe(inputs.x, *experts, impl=impl)
 
 
 def _run_routed(inputs: MoEInputs) -> Call:
     """From the scores, as those peers begin which order the rows themselves."""
     num_chosen = inputs.routing.experts_TK.shape[1]
     bias_E = inputs.logits.new_zeros(inputs.logits.shape[1])
+    block_rows = inputs.routing.block_rows
 
     def call() -> Tensor:
-        routing = route(inputs.logits, bias_E, num_chosen)
-        return _run_moe("auto", inputs._replace(routing=routing))()
+        routing = route(inputs.logits, bias_E, num_chosen, block_rows=block_rows)
+        return fused_moe(inputs.x, inputs.gate_up, inputs.down, routing)
 
     return call
 
 
-EXPERTS: Op[MoEInputs] = Op(
-    "experts",
-    partial(_cases, EXPERTS_SIZES),
-    [
-        Peer(OURS, partial(_run_experts, "auto")),
-        Peer("torch eager", partial(_run_experts, "torch")),
-        Peer("torch grouped_mm", peers.experts_by_grouped_mm),
-        Peer("DeepGEMM bf16", peers.experts_by_deep_gemm),
-        Peer("torch.compile grouped_mm", peers.experts_compiled, is_compiled=True),
-    ],
-    _experts_work,
-    _exact_experts,
-)
 MOE: Op[MoEInputs] = Op(
     "moe",
-    partial(_cases, MOE_SIZES),
+    _cases,
     [
         Peer(OURS, partial(_run_moe, "auto")),
         Peer(f"{OURS} from scores", _run_routed),
         Peer("torch eager", partial(_run_moe, "torch")),
         Peer("torch grouped_mm", peers.moe_by_grouped_mm),
+        Peer("DeepGEMM bf16", peers.moe_by_deep_gemm),
         Peer("liger-kernel", peers.moe_by_liger),
         Peer("vLLM fused_experts", peers.moe_by_vllm),
         Peer("torch.compile grouped_mm", peers.moe_compiled, is_compiled=True),

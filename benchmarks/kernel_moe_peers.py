@@ -32,19 +32,16 @@ def _grouped_moe(
 ) -> Tensor:
     tokens_R, ends_E, rows_TK, weights_TK = order
     y_RD = _grouped_experts(x_TD.index_select(0, tokens_R), gate_up_EGD, down_EDF, ends_E)
+    return _combined(y_RD, rows_TK, weights_TK)
+
+
+def _combined(y_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor) -> Tensor:
     y_TKD = y_RD.index_select(0, rows_TK.flatten()).unflatten(0, rows_TK.shape)
-    out_TD: Tensor = (weights_TK.unsqueeze(-1) * y_TKD).sum(dim=1).to(x_TD.dtype)
+    out_TD: Tensor = (weights_TK.unsqueeze(-1) * y_TKD).sum(dim=1).to(y_RD.dtype)
     return out_TD
 
 
-_experts_function = cache(lambda: compiled(_grouped_experts))
 _moe_function = cache(lambda: compiled(_grouped_moe))
-
-
-def _experts_arguments(inputs: MoEInputs) -> tuple[Tensor, ...]:
-    routing = inputs.routing
-    x_RD = inputs.x.index_select(0, routing.tokens_R)
-    return x_RD, inputs.gate_up, inputs.down, routing.ends_E
 
 
 def _moe_arguments(inputs: MoEInputs) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
@@ -53,26 +50,11 @@ def _moe_arguments(inputs: MoEInputs) -> tuple[Tensor, Tensor, Tensor, tuple[Ten
     return inputs.x, inputs.gate_up, inputs.down, order
 
 
-def experts_by_grouped_mm(inputs: MoEInputs) -> Call:
-    """Two products of CUTLASS, SwiGLU between them."""
-    _demand_grouped_mm()
-    arguments = _experts_arguments(inputs)
-    return lambda: _grouped_experts(*arguments)
-
-
 def moe_by_grouped_mm(inputs: MoEInputs) -> Call:
-    """The same between a gather and a weighted sum."""
+    """Two products of CUTLASS, SwiGLU between them, after a gather and before a weighted sum."""
     _demand_grouped_mm()
     arguments = _moe_arguments(inputs)
     return lambda: _grouped_moe(*arguments)
-
-
-def experts_compiled(inputs: MoEInputs) -> Call:
-    """``experts_by_grouped_mm``, compiled."""
-    demand_gpu(inputs.x)
-    _demand_grouped_mm()
-    arguments = _experts_arguments(inputs)
-    return lambda: _experts_function()(*arguments)
 
 
 def moe_compiled(inputs: MoEInputs) -> Call:
@@ -107,24 +89,26 @@ def moe_by_vllm(inputs: MoEInputs) -> Call:
     return lambda: vllm.fused_experts(inputs.x, *weights, *chosen)
 
 
-def experts_by_deep_gemm(inputs: MoEInputs) -> Call:
-    """Its contiguous layout, each expert's rows padded to whole blocks before the call."""
+def moe_by_deep_gemm(inputs: MoEInputs) -> Call:
+    """Its contiguous layout; where each row lies among the padded is found before the call."""
     deep_gemm: Any = import_module("deep_gemm")
     demand_gpu(inputs.x)
     block = deep_gemm.get_mk_alignment_for_contiguous_layout()
-    place_R, owner_P = padded_places(inputs.routing.load_E, block)
-    x_RD, gate_up_EGD, down_EDF, _ = _experts_arguments(inputs)
-    x_PD = x_RD.new_zeros(owner_P.numel(), x_RD.shape[1])
-    x_PD[place_R] = x_RD
+    routing, gate_up_EGD = inputs.routing, inputs.gate_up
+    place_R, owner_P = padded_places(routing.load_E, block)
+    token_P = torch.zeros_like(owner_P)
+    token_P[place_R] = routing.tokens_R
+    place_TK = place_R[routing.rows_TK]
 
     def call() -> Tensor:
+        x_PD = inputs.x.index_select(0, token_P)
         hidden_PG = x_PD.new_empty(x_PD.shape[0], gate_up_EGD.shape[1])
         deep_gemm.m_grouped_bf16_gemm_nt_contiguous(x_PD, gate_up_EGD, hidden_PG, owner_P)
         gate_PF, up_PF = hidden_PG.chunk(2, dim=1)
         y_PD = torch.empty_like(x_PD)
         product_PF = functional.silu(gate_PF) * up_PF
-        deep_gemm.m_grouped_bf16_gemm_nt_contiguous(product_PF, down_EDF, y_PD, owner_P)
-        return y_PD.index_select(0, place_R)
+        deep_gemm.m_grouped_bf16_gemm_nt_contiguous(product_PF, inputs.down, y_PD, owner_P)
+        return _combined(y_PD, place_TK, routing.weights_TK)
 
     return call
 

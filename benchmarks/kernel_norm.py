@@ -12,10 +12,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.kernel_op import OURS, Call, Case, Op, Peer, compiled, demand_gpu, spread_rows
+from benchmarks.kernel_op import (
+    OURS,
+    AbsentError,
+    Call,
+    Case,
+    Op,
+    Peer,
+    compiled,
+    demand_gpu,
+    spread_rows,
+)
 from benchmarks.kernel_roofline import Work, norm_work
 from kernels.dispatch import Impl
-from kernels.norm import add_rmsnorm
+from kernels.norm import SCALED_COLUMNS, add_rmsnorm, add_rmsnorm_fp8
 
 CHECKED_ROWS = 256
 SIZES = {4096: (16384,), 2048: (4096,), 1024: (8192,), 128: (8192,)}  # width -> tokens
@@ -64,6 +74,13 @@ def _run(impl: Impl, inputs: NormInputs) -> Call:
     return lambda: add_rmsnorm(*inputs, EPS, impl=impl)[0]
 
 
+def _run_quantised(inputs: NormInputs) -> Call:
+    if inputs.x.shape[1] % SCALED_COLUMNS:
+        message = f"needs a multiple of {SCALED_COLUMNS} columns"
+        raise AbsentError(message)
+    return lambda: add_rmsnorm_fp8(*inputs, EPS)[0]
+
+
 def _plain(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor) -> tuple[Tensor, ...]:
     summed_TD = x_TD + residual_TD
     return functional.rms_norm(summed_TD, weight_D.shape, weight_D, EPS), summed_TD
@@ -101,6 +118,7 @@ NORM: Op[NormInputs] = Op(
     _cases,
     [
         Peer(OURS, partial(_run, "auto")),
+        Peer("fp8 ours", _run_quantised, does_less="writes the norm in 8 bits"),
         Peer("torch eager", partial(_run, "torch")),
         Peer("liger-kernel", _run_liger),
         Peer("vLLM fused_add_rms_norm", _run_vllm),

@@ -85,30 +85,13 @@ def route_work(num_tokens: int, num_experts: int, num_chosen: int, block_rows: i
     return Work(4 * words, 0, torch.float32)
 
 
-def permute_work(num_hit: int, num_rows: int, width: int, dtype: torch.dtype) -> Work:
-    """Tokens that any row names in; rows out."""
-    return Work((num_hit + num_rows) * width * dtype.itemsize + 4 * num_rows, 0, dtype)
-
-
-def combine_work(num_tokens: int, num_chosen: int, width: int, dtype: torch.dtype) -> Work:
-    """Rows, their weights and places in; tokens out."""
-    num_rows = num_tokens * num_chosen
-    return Work((num_tokens + num_rows) * width * dtype.itemsize + 8 * num_rows, 0, dtype)
-
-
-def experts_work(
-    num_rows: int, num_active: int, width: int, hidden: int, dtype: torch.dtype
+def moe_work(
+    num_tokens: int, num_rows: int, num_active: int, sizes: tuple[int, int], dtype: torch.dtype
 ) -> Work:
-    """The experts alone: rows in expert order in and out."""
-    weights = num_active * 3 * width * hidden
-    rows = num_rows * (2 * width + 2 * hidden)
-    return Work((weights + rows) * dtype.itemsize, 6 * num_rows * width * hidden, dtype)
-
-
-def moe_work(num_tokens: int, num_rows: int, experts: Work, width: int) -> Work:
-    """Permute, ``experts`` and combine: tokens in and out in the place of rows."""
-    spared = (2 * num_rows - 2 * num_tokens) * width * experts.dtype.itemsize
-    return experts._replace(num_bytes=experts.num_bytes - spared)
+    """Tokens in and out, hidden rows out and in, weights of the experts hit; sizes = D, F."""
+    width, hidden = sizes
+    elements = num_active * 3 * width * hidden + 2 * num_tokens * width + 2 * num_rows * hidden
+    return Work(elements * dtype.itemsize, 6 * num_rows * width * hidden, dtype)
 
 
 def visible_pairs(length: int, pattern: AttentionPattern) -> int:

@@ -16,10 +16,12 @@ from benchmarks.kernel_moe import BASE, LARGE, QWEN3, ROUTINGS, TINY, MoEShape, 
 from benchmarks.kernel_op import OURS, Call, Case, Op, Peer, compiled, demand_gpu, spread_rows
 from benchmarks.kernel_roofline import Work, route_work
 from kernels.dispatch import Impl
-from kernels.routing import route
+from kernels.routing import route, route_and_balance
 
 CHECKED_TOKENS = 64
-SIZES = {QWEN3: (16, 64, 256, 16384), LARGE: (256,), BASE: (256,)}
+BIAS_RATE = 1e-3
+DEEPSEEK = MoEShape("deepseek-v3", 256, 8, 7168, 2048)
+SIZES = {QWEN3: (16, 64, 256, 16384), LARGE: (256, 8192), BASE: (256, 8192), DEEPSEEK: (16384,)}
 
 
 class RoutingInputs(NamedTuple):
@@ -62,6 +64,10 @@ def _exact(inputs: RoutingInputs) -> tuple[Tensor, Tensor]:
 
 def _run(impl: Impl, inputs: RoutingInputs) -> Call:
     return lambda: route(*inputs, impl=impl).weights_TK
+
+
+def _run_balanced(inputs: RoutingInputs) -> Call:
+    return lambda: route_and_balance(*inputs, BIAS_RATE)[0].weights_TK
 
 
 def _plain(logits_TE: Tensor, bias_E: Tensor, num_chosen: int) -> tuple[Tensor, ...]:
@@ -119,6 +125,7 @@ ROUTING: Op[RoutingInputs] = Op(
     _cases,
     [
         Peer(OURS, partial(_run, "auto")),
+        Peer(f"{OURS} with balance", _run_balanced),
         Peer("torch eager", partial(_run, "torch")),
         Peer("vLLM topk + align", _run_vllm),
         Peer("torch.compile", _run_compiled, is_compiled=True),

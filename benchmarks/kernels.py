@@ -1,8 +1,8 @@
 """``trimoe bench kernels``: each op of ``kernels`` beside its peers, against the roofline.
 
-A row for each case and each who runs it: time eager and inside a CUDA graph, launches, least
-time of the device, largest error.  Our rows are judged by ``kernel_aims``.  Peers are used where
-they can be imported; a folder of unpacked wheels on PYTHONPATH is enough.
+A row for each case and each who runs it: time eager and inside a CUDA graph, launches, memory,
+least time of the device, largest error.  Our rows are judged by ``kernel_aims``.  Peers are used
+where they can be imported; a folder of unpacked wheels on PYTHONPATH is enough.
 
 On a GPU each op runs in a process of its own: an op that breaks the device, or compiles beyond
 its time, costs its own rows alone.  On a CPU tiny shapes prove that the harness works; their
@@ -23,19 +23,21 @@ import torch
 
 from benchmarks.kernel_aims import judge
 from benchmarks.kernel_attention import ATTENTION
+from benchmarks.kernel_block_sparse import BLOCK_SPARSE
 from benchmarks.kernel_measure import ROW_NAMES, Row, measure_op
-from benchmarks.kernel_moe import EXPERTS, MOE
+from benchmarks.kernel_moe import MOE
+from benchmarks.kernel_moe_fp8 import MOE_FP8
 from benchmarks.kernel_norm import NORM
 from benchmarks.kernel_op import Op
-from benchmarks.kernel_permute import COMBINE, PERMUTE
 from benchmarks.kernel_routing import ROUTING
+from benchmarks.kernel_step import STEP
 from benchmarks.kernel_timing import is_gpu
 from benchmarks.kernel_trees import TREES
 from benchmarks.results import RESULTS, append_row
 from cluster.errors import ConfigurationError
 
 OPS: dict[str, Op[Any]] = {  # quick ones first: they leave their time to the others
-    op.name: op for op in (NORM, PERMUTE, COMBINE, ROUTING, TREES, EXPERTS, ATTENTION, MOE)
+    op.name: op for op in (NORM, ROUTING, TREES, ATTENTION, BLOCK_SPARSE, MOE, MOE_FP8, STEP)
 }
 GRACE_S = 45.0  # beyond its time, for what an op has begun
 COLUMNS = {  # of the table, and their widths
@@ -48,6 +50,7 @@ COLUMNS = {  # of the table, and their widths
     "graph_us": 10,
     "spread": 7,
     "launches": 8,
+    "peak_mb": 8,
     "roofline_us": 11,
     "fraction": 8,
     "max_error": 9,

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core_model.config import MoEConfig
-from kernels.grouped_ffn import grouped_ffn
-from kernels.permute import combine, permute
+from kernels.fused_moe import fused_moe, tile_rows
 from kernels.routing import route
 
 
@@ -73,10 +72,9 @@ class MoELayer(nn.Module):
             self.num_chosen,
             num_groups=self.num_groups,
             chosen_groups=self.chosen_groups,
+            block_rows=tile_rows(len(x_TD), self.num_chosen, self.down),
             num_valid=num_valid,
         )
-        rows_RD = permute(x_TD, routing.tokens_R)
-        rows_RD = grouped_ffn(rows_RD, self.gate_up, self.down, routing)
-        routed_TD = combine(rows_RD, routing.weights_TK, routing.rows_TK)
+        routed_TD = fused_moe(x_TD, self.gate_up, self.down, routing)
         shared_TD = _swiglu(x_TD, self.shared_gate_up, self.shared_down)
         return torch.add(shared_TD, routed_TD, alpha=self.routed_scale), routing.experts_TK

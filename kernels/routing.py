@@ -1,24 +1,31 @@
 """Which experts each token goes to, and in which order the experts see the rows.
 
 One call gives everything behind it: gate weights for ``combine``, the row order for
-``permute``, the tile map for ``grouped_ffn`` and the load of each expert.
+``permute``, the tile map for ``grouped_ffn`` and the load of each expert; on a GPU it is one
+launch.  ``route_tokens`` begins with the router's product, ``route_and_balance`` ends with the
+step of the selection bias.
+
+    bytes   4 T E logits (with the product 2 T D + 4 E D), 16 T K choices, 12 E, 8 M
+    FLOPs   2 T D E with the product, else none on matrix units: K passes over T E keys
 
 Covered: sigmoid scores, selection bias, top-k, groups of experts, no dropped token.  Not
-covered: capacity.
+covered: capacity.  Every form gives the same bits each time it is run on the same inputs.
 
-Legend: T tokens, E experts, K chosen experts, R routed rows (T * K), M tiles, G groups of N
-experts, C chosen groups.
+Legend: T tokens, D model, E experts, K chosen experts, R routed rows (T * K), M tiles, G groups
+of N experts, C chosen groups.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.dispatch import Impl, check, select_impl
+from kernels.dispatch import FLOATS, Form, Impl, check, select_impl
 
 LOWEST = torch.finfo(torch.float32).min
+FUSED_BYTES = 256 << 10  # of a router, up to which each program may read it for itself
+FUSED_EXPERTS = 128  # beyond which the scores of a tile do not fit the registers
 
 
 class Routing(NamedTuple):
@@ -49,6 +56,18 @@ class Routing(NamedTuple):
     tile_expert_M: Tensor
     tile_row_M: Tensor
     block_rows: int
+
+
+class Balance(NamedTuple):
+    """How unevenly a step loads its experts, and where that moves the selection bias.
+
+    Args:
+        violation_1: Largest load over the mean load, minus 1, float32 [1]; 0 without rows.
+        bias_E: The bias moved by the rate toward the mean load, then less its mean, float32.
+    """
+
+    violation_1: Tensor
+    bias_E: Tensor
 
 
 def num_tiles(num_rows: int, num_experts: int, block_rows: int) -> int:
@@ -99,36 +118,167 @@ def route(
     Source:
         DeepSeek-V3, arXiv:2412.19437, eq. 12-16 and section 2.1.2 on node-limited routing.
     """
+    counts = _Counts(num_chosen, num_groups, chosen_groups, block_rows)
     check("logits_TE", logits_TE, (None, None), torch.float32)
-    check("bias_E", bias_E, (logits_TE.shape[1],), torch.float32)
-    groups = (num_groups, chosen_groups)
-    _check_counts(logits_TE.shape[1], num_chosen, *groups)
-    if block_rows < 16 or block_rows & (block_rows - 1):
-        message = f"block_rows: expected a power of two from 16, got {block_rows}"
-        raise ValueError(message)
-    if num_valid is not None:
-        check("num_valid", num_valid, (1,), torch.int32)
+    _check(logits_TE.shape[1], bias_E, counts, num_valid)
     form = select_impl(impl, logits_TE, bias_E)
     if form == "triton":
         from kernels._triton.routing import launch  # noqa: PLC0415 - Triton is optional
 
-        return launch(logits_TE, bias_E, num_chosen, block_rows, num_valid, groups)
+        groups = (num_groups, chosen_groups)
+        return launch(logits_TE, bias_E, num_chosen, block_rows, num_valid, groups)[0]
+    return _route(logits_TE, bias_E, counts, num_valid, form)
+
+
+def route_tokens(
+    x_TD: Tensor,
+    router_ED: Tensor,
+    bias_E: Tensor,
+    num_chosen: int,
+    *,
+    num_groups: int = 1,
+    chosen_groups: int = 1,
+    block_rows: int = 64,
+    num_valid: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Routing:
+    """Do what ``route`` does to the scores of the tokens, logits = x router^T in float32.
+
+    Args:
+        x_TD: Tokens, float, contiguous.
+        router_ED: A row for each expert, float, contiguous.
+        bias_E: As in ``route``, and so are the others.
+        num_chosen: K.
+        num_groups: G.
+        chosen_groups: C.
+        block_rows: Most rows of a tile.
+        num_valid: How many leading tokens are somebody's.
+        impl: Form to run.
+
+    Returns:
+        The routing; weights are differentiable in tokens and router.
+
+    Raises:
+        ValueError: A shape, dtype or count disagrees with the above.
+    """
+    counts = _Counts(num_chosen, num_groups, chosen_groups, block_rows)
+    check("x_TD", x_TD, (None, None), FLOATS)
+    check("router_ED", router_ED, (None, x_TD.shape[1]), FLOATS)
+    _check(router_ED.shape[0], bias_E, counts, num_valid)
+    form = select_impl(impl, x_TD, router_ED, bias_E)
+    if form == "triton":
+        from kernels._triton.routing import launch  # noqa: PLC0415 - Triton is optional
+
+        groups = (num_groups, chosen_groups)
+        if fits_one_launch(router_ED):
+            return launch(x_TD, bias_E, num_chosen, block_rows, num_valid, groups, router_ED)[0]
+        logits_TE = functional.linear(x_TD.float(), router_ED.float())
+        return launch(logits_TE, bias_E, num_chosen, block_rows, num_valid, groups)[0]
+    logits_TE = functional.linear(x_TD.float(), router_ED.float())
+    return _route(logits_TE, bias_E, counts, num_valid, form)
+
+
+def fits_one_launch(router_ED: Tensor) -> bool:
+    """Tell whether the router's product is part of the launch, or one before it."""
+    num_bytes = router_ED.numel() * router_ED.element_size()
+    return num_bytes <= FUSED_BYTES and len(router_ED) <= FUSED_EXPERTS
+
+
+def route_and_balance(
+    logits_TE: Tensor,
+    bias_E: Tensor,
+    num_chosen: int,
+    bias_rate: float,
+    *,
+    num_groups: int = 1,
+    chosen_groups: int = 1,
+    block_rows: int = 64,
+    num_valid: Tensor | None = None,
+    impl: Impl = "auto",
+) -> tuple[Routing, Balance]:
+    """Do what ``route`` does, and measure and correct how evenly the experts are loaded.
+
+        violation = max(load) / mean(load) - 1
+        moved = bias + rate * sign(mean(load) - load)       next bias = moved - mean(moved)
+
+    Args:
+        logits_TE: As in ``route``, and so are the others.
+        bias_E: Selection bias; the result is a new one.
+        num_chosen: K.
+        bias_rate: Step of the bias.
+        num_groups: G.
+        chosen_groups: C.
+        block_rows: Most rows of a tile.
+        num_valid: How many leading tokens are somebody's.
+        impl: Form to run.
+
+    Raises:
+        ValueError: A shape, dtype or count disagrees with the above.
+
+    Source:
+        Wang et al. 2024, algorithm 1 and eq. 4 (arXiv:2408.15664).
+    """
+    counts = _Counts(num_chosen, num_groups, chosen_groups, block_rows)
+    check("logits_TE", logits_TE, (None, None), torch.float32)
+    _check(logits_TE.shape[1], bias_E, counts, num_valid)
+    form = select_impl(impl, logits_TE, bias_E)
+    if form == "triton":
+        from kernels._triton.routing import launch  # noqa: PLC0415 - Triton is optional
+
+        groups = (num_groups, chosen_groups)
+        given = (logits_TE, bias_E, num_chosen, block_rows, num_valid, groups)
+        routing, balance = launch(*given, bias_rate=bias_rate)
+        return routing, cast("Balance", balance)
+    routing = _route(logits_TE, bias_E, counts, num_valid, form)
+    return routing, _balance(routing.load_E, bias_E.detach(), bias_rate)
+
+
+class _Counts(NamedTuple):
+    """What is chosen, and rows of a tile."""
+
+    chosen: int
+    num_groups: int
+    chosen_groups: int
+    block_rows: int
+
+
+def _check(num_experts: int, bias_E: Tensor, counts: _Counts, num_valid: Tensor | None) -> None:
+    check("bias_E", bias_E, (num_experts,), torch.float32)
+    _check_counts(num_experts, counts.chosen, counts.num_groups, counts.chosen_groups)
+    if counts.block_rows < 16 or counts.block_rows & (counts.block_rows - 1):
+        message = f"block_rows: expected a power of two from 16, got {counts.block_rows}"
+        raise ValueError(message)
+    if num_valid is not None:
+        check("num_valid", num_valid, (1,), torch.int32)
+
+
+def _route(
+    logits_TE: Tensor, bias_E: Tensor, counts: _Counts, num_valid: Tensor | None, form: Form
+) -> Routing:
     choose = choose_reference if form == "reference" else _choose_torch
-    experts_TK = choose(logits_TE.detach(), bias_E.detach(), num_chosen, *groups)
+    experts_TK = choose(logits_TE.detach(), bias_E.detach(), *counts[:3])
     # softmax of log-sigmoids = sigmoids over their sum, without 0 / 0
     weights_TK = functional.logsigmoid(logits_TE.gather(1, experts_TK)).softmax(dim=1)
     if num_valid is None:
-        return _lay_out(weights_TK, experts_TK, logits_TE.shape[1], block_rows)
+        return _lay_out(weights_TK, experts_TK, logits_TE.shape[1], counts.block_rows)
     idle_T1 = (torch.arange(len(logits_TE), device=logits_TE.device) >= num_valid).unsqueeze(1)
     owned = experts_TK.masked_fill(idle_T1, logits_TE.shape[1])  # sorts behind every expert
-    routing = _lay_out(weights_TK.masked_fill(idle_T1, 0.0), owned, logits_TE.shape[1], block_rows)
-    num_owned = num_valid * num_chosen
+    weights_TK = weights_TK.masked_fill(idle_T1, 0.0)
+    routing = _lay_out(weights_TK, owned, logits_TE.shape[1], counts.block_rows)
+    num_owned = num_valid * counts.chosen
     nobodys_R = torch.arange(experts_TK.numel(), device=logits_TE.device) >= num_owned
     return routing._replace(
         experts_TK=routing.experts_TK.masked_fill(idle_T1, 0),
         rows_TK=routing.rows_TK.masked_fill(idle_T1, 0),
         tokens_R=routing.tokens_R.masked_fill(nobodys_R, 0),
     )
+
+
+def _balance(load_E: Tensor, bias_E: Tensor, rate: float) -> Balance:
+    total, num_experts = load_E.sum(), load_E.numel()
+    violation_1 = (load_E.max() * num_experts / total.clamp(min=1) - 1.0).float().view(1)
+    moved_E = bias_E + rate * torch.sign(total - load_E.long() * num_experts)
+    return Balance(violation_1.where(total > 0, 0.0), moved_E - moved_E.mean())
 
 
 def _check_counts(num_experts: int, num_chosen: int, num_groups: int, chosen_groups: int) -> None:

@@ -1,4 +1,4 @@
-"""Triton form of ``kernels.attention``: packed rows, one launch, no tile map.
+"""Triton form of ``kernels.attention`` for short sequences: packed rows, one launch.
 
 A program owns a block of packed rows and one head.  Short sequences share a block: each
 row finds its own sequence by bisection of the offsets, and keys of other sequences are
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._triton.attention_tiles import fits, launch_tiles
 from kernels._triton.numerics import dot
 from kernels.attention import AttentionPattern
 
@@ -147,7 +148,9 @@ def _attention_kernel(
 def launch(
     q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, cu_seqlens: Tensor, pattern: AttentionPattern
 ) -> Tensor:
-    """Run the kernel on checked inputs."""
+    """Run the kernel on checked inputs; long sequences have one of their own."""
+    if fits(q_THd, k_THd, v_THd, cu_seqlens):
+        return launch_tiles(q_THd, k_THd, v_THd, cu_seqlens, pattern)[0]
     num_rows, num_heads, width = q_THd.shape
     out_THd = torch.empty(q_THd.shape, dtype=q_THd.dtype, device=q_THd.device)
     if out_THd.numel() == 0:

@@ -30,6 +30,7 @@ from kernels.attention import FULL, AttentionPattern, visible
 from kernels.routing import route
 
 BF16 = torch.bfloat16
+FP8_ERROR = 0.3  # of outputs of unit variance: three roundings to 3 bits of each factor
 
 
 @pytest.fixture
@@ -43,8 +44,8 @@ def one_thread() -> Iterator[None]:
 def moe_us(num_tokens: int, num_active: int) -> float:
     """Return the least time of a layer of Qwen3-30B-A3B."""
     num_rows = num_tokens * QWEN3.num_chosen
-    experts = roofline.experts_work(num_rows, num_active, QWEN3.width, QWEN3.hidden, BF16)
-    return roofline.moe_work(num_tokens, num_rows, experts, QWEN3.width).least_us(H200)
+    sizes = (QWEN3.width, QWEN3.hidden)
+    return roofline.moe_work(num_tokens, num_rows, num_active, sizes, BF16).least_us(H200)
 
 
 def test_few_tokens_cost_the_weights_of_the_experts_that_were_hit() -> None:
@@ -65,12 +66,10 @@ def test_the_norm_costs_four_passes() -> None:
     assert work.least_us(H200) == pytest.approx(125.7, abs=0.1)
 
 
-def test_rows_cost_each_of_them_once() -> None:
-    assert roofline.permute_work(3, 8, 16, BF16).num_bytes == (3 + 8) * 16 * 2 + 8 * 4
-    assert roofline.combine_work(4, 2, 16, BF16).num_bytes == (4 + 8) * 16 * 2 + 8 * 8
-    alone = roofline.experts_work(8, 2, 16, 4, BF16)
-    assert alone.num_bytes == 2 * (2 * 3 * 16 * 4 + 8 * 2 * (16 + 4))
-    assert alone.flops == 8 * 3 * 2 * 16 * 4
+def test_experts_cost_their_weights_tokens_and_hidden_rows() -> None:
+    work = roofline.moe_work(5, 8, 2, (16, 4), BF16)
+    assert work.num_bytes == 2 * (2 * 3 * 16 * 4 + 2 * 5 * 16 + 2 * 8 * 4)
+    assert work.flops == 8 * 3 * 2 * 16 * 4
 
 
 def test_routing_and_trees_cost_their_arrays() -> None:
@@ -298,7 +297,8 @@ def test_a_tiny_run_measures_everyone_everywhere(
     for row in rows:
         assert set(ROW_NAMES) <= set(row)
         if row["who"].startswith(OURS) or row["who"] == "torch eager":
-            assert float(row["max_error"]) < 1e-5, row
+            is_quantised = row["op"] == "moe_fp8" and row["who"] == OURS
+            assert float(row["max_error"]) < (FP8_ERROR if is_quantised else 1e-5), row
             assert float(row["eager_us"]) > 0
         assert row["eager_us"] or row["note"], row
     lines = capsys.readouterr().out.splitlines()

@@ -1,13 +1,16 @@
 """Compile every Triton launch for sm_90 without a GPU and print what the compiler says.
 
-The real launch functions run on meta tensors.  Triton's cache hook sees each kernel with
-the very signature, alignment and tile sizes of the launch, compiles it for the H200
-and cancels the launch.  One JSON line per kernel.
+The real launch functions run on meta tensors.  Triton's cache hook sees each kernel with the
+very signature, alignment and tile sizes of the launch and cancels the launch; then all kernels
+are compiled for the H200, some at once.  One JSON line per kernel.
 
 Not covered: values (interpreter, GPU tests), speed (benchmarks).
 """
 
+import itertools
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -25,8 +28,24 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JitFunctionInfo
 
-from kernels._triton import attention, grouped_ffn, norm, permute, routing, trees
+from kernels import swiglu as swiglu_op
+from kernels._triton import (
+    attention,
+    attention_grad,
+    block_sparse,
+    fused_moe,
+    fused_moe_fp8,
+    fused_moe_grad,
+    norm,
+    routing,
+    swiglu,
+    trees,
+)
 from kernels.attention import AttentionPattern
+from kernels.block_sparse import SparsePattern
+from kernels.fused_moe_fp8 import E4M3
+from kernels.moe_config import MoESize, moe_launch, rule
+from kernels.routing import Routing, fits_one_launch
 from kernels.trees import TreeEnsemble
 
 Launch = dict[str, Any]  # signature, constants, configs, num_warps, num_stages, ...
@@ -54,6 +73,7 @@ class Shape(NamedTuple):
 SHAPES = {
     "base": Shape(800, 128, 192, 16, 2, 4, 32, 64),
     "base-float32": Shape(800, 128, 192, 16, 2, 4, 32, 64, torch.float32),
+    "large": Shape(8192, 1024, 768, 64, 4, 16, 64, 64),
     "qwen3-30b-a3b": Shape(4096, 2048, 768, 128, 8, 32, 128, 128),
     "deepseek-v3": Shape(4096, 7168, 2048, 256, 8, 128, 192, 128, groups=(8, 4)),
 }
@@ -81,77 +101,178 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", text.split("Function")[1])}
 
 
-class Report:
-    """Cache hook: compiles what would be launched, prints one line, cancels the launch."""
+class Job(NamedTuple):
+    """A kernel to compile: for which shape, from what, with which options."""
 
-    shape = ""
+    shape: str
+    source: ASTSource
+    options: Launch
+
+
+class Recorder:
+    """Cache hook: notes what would be launched, and cancels the launch."""
+
+    def __init__(self) -> None:
+        self.shape = ""
+        self.jobs: list[Job] = []
 
     def __call__(self, *, fn: JitFunctionInfo, compile: Launch, **_: object) -> bool:  # noqa: A002
         source = ASTSource(
             fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0]
         )
         options = {key: compile[key] for key in ("num_warps", "num_stages")}
-        kernel = triton.compile(source, target=TARGET, options=options)
-        usage = resource_usage(kernel.asm["cubin"])
-        line = {
-            "shape": self.shape,
-            "kernel": kernel.metadata.name,
-            "registers": usage["REG"],
-            "stack_bytes": usage["STACK"],
-            "local_bytes": usage["LOCAL"],
-            "shared_bytes": kernel.metadata.shared,
-            "num_wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
-            "num_dot": kernel.asm["ttir"].count("tt.dot"),
-        }
-        sys.stdout.write(json.dumps(line) + "\n")
+        options["maxnreg"] = json.loads(compile["specialization_data"])["options"].get("maxnreg")
+        self.jobs.append(Job(self.shape, source, options))
         return True
+
+
+RECORDER = Recorder()  # forked processes find its jobs by number
+
+
+def report(number: int) -> str:
+    """Compile a recorded kernel; return its line."""
+    job = RECORDER.jobs[number]
+    kernel = triton.compile(job.source, target=TARGET, options=job.options)
+    usage = resource_usage(kernel.asm["cubin"])
+    line = {
+        "triton": triton.__version__,
+        "shape": job.shape,
+        "kernel": kernel.metadata.name,
+        "registers": usage["REG"],
+        "stack_bytes": usage["STACK"],
+        "local_bytes": usage["LOCAL"],
+        "shared_bytes": kernel.metadata.shared,
+        "num_wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
+        "num_dot": kernel.asm["ttir"].count("tt.dot"),
+    }
+    return json.dumps(line)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launch_all(shape: Shape) -> None:
-    """Launch every op of a step at this shape."""
+def launch_routing(shape: Shape) -> Routing:
+    """Launch the router in every form, of few tokens and of many; return the last routing."""
+    t, d, _, e = shape[:4]
+    router_ED, num_valid = empty(e, d), empty(1, dtype=torch.int32)
+    sizes = (empty(e), shape.chosen, shape.block_rows)
+    for num_tokens in (64, t):  # tiles of both sizes, at the processors of no device
+        logits_TE, x_TD = empty(num_tokens, e), empty(num_tokens, d, dtype=shape.dtype)
+        routing.launch(logits_TE, *sizes, None, shape.groups, bias_rate=1e-3)
+        if fits_one_launch(router_ED):
+            routing.launch(x_TD, *sizes, num_valid, shape.groups, router_ED)
+        routing.launch(logits_TE, *sizes, num_valid, shape.groups)
+    routed, _ = routing.launch(empty(t, e), *sizes, None, shape.groups)
+    return routed
+
+
+def launch_swiglu(shape: Shape) -> None:
+    """Launch a shared expert, of few tokens and of many."""
+    t, d, f = shape[:3]
+    meta = partial(empty, dtype=shape.dtype)
+    if swiglu_op.fits_one_launch(meta(t, d)):
+        for addend_TD in (None, meta(t, d)):
+            swiglu.launch(meta(t, d), meta(2 * f, d), meta(d, f), addend_TD, 1.0)
+        return
+    for num_tokens in (64, t):
+        swiglu.launch_gate_up(meta(num_tokens, d), meta(2 * f, d))
+
+
+def launch_moe(shape: Shape, routed: Routing) -> None:
+    """Launch the experts with tiles of every size, as the rule and as the data cut them."""
     t, d, f, e = shape[:4]
     meta = partial(empty, dtype=shape.dtype)
+    experts, size = (meta(e, 2 * f, d), meta(e, d, f)), MoESize(e, shape.chosen, d, f, shape.dtype)
+    tuned = [moe_launch(size, num_tokens) for num_tokens in (16, 256, t)]
+    for config in {*tuned, *(rule(size, t, rows) for rows in (16, 32, 64, 128))}:
+        routing_ = routed._replace(block_rows=config.block_rows)
+        fused_moe.launch(meta(t, d), *experts, routing_, config)
+
+
+def launch_moe_fp8(shape: Shape, routed: Routing) -> None:
+    """Launch the experts in 8 bits with tiles of every size that the rule takes."""
+    t, d, f, e = shape[:4]
+    meta = partial(empty, dtype=E4M3)
+    x = (meta(t, d), empty(t, d // 128))
+    up = (meta(e, 2 * f, d), empty(e, 2 * f // 128, d // 128))
+    down = (meta(e, d, f), empty(e, d // 128, f // 128))
+    for rows in (16, 32, 64):
+        config = rule(MoESize(e, shape.chosen, d, f, E4M3), t, rows)
+        routing_ = routed._replace(block_rows=rows)
+        fused_moe_fp8.launch(x, up, down, routing_, config, torch.bfloat16)
+
+
+def launch_moe_grad(shape: Shape, routed: Routing) -> None:
+    """Launch the gradients of the experts, with tiles of training."""
+    t, d, f, e = shape[:4]
+    meta = partial(empty, dtype=shape.dtype)
+    for rows in (64, 128 if shape.dtype == torch.bfloat16 else 64):
+        routing_ = routed._replace(block_rows=rows)
+        fused_moe_grad.launch(meta(t, d), meta(t, d), meta(e, 2 * f, d), meta(e, d, f), routing_)
+
+
+def launch_all(shape: Shape) -> None:
+    """Launch every op of a step at this shape."""
+    t, d, f = shape[:3]
+    meta = partial(empty, dtype=shape.dtype)
     x_TD = meta(t, d)
-    logits_TE, bias_E = empty(t, e), empty(e)
-    sizes = (shape.chosen, shape.block_rows)
-    routed = routing.launch(logits_TE, bias_E, *sizes, None, shape.groups)
-    routing.launch(logits_TE, bias_E, *sizes, meta(1, dtype=torch.int32), shape.groups)
-    x_RD = permute.launch_permute(x_TD, routed.tokens_R)
-    y_RD = grouped_ffn.launch(x_RD, meta(e, 2 * f, d), meta(e, d, f), routed)
-    permute.launch_combine(y_RD, routed.weights_TK, routed.rows_TK)
-    norm.launch(x_TD, x_TD, meta(d), 1e-6)
+    routed = launch_routing(shape)
+    launch_moe(shape, routed)
+    launch_moe_grad(shape, routed)
+    if f % 128 == 0 and shape.dtype == torch.bfloat16:
+        launch_moe_fp8(shape, routed)
+    for is_quantised in (False, True):
+        norm.launch(x_TD, x_TD, meta(d), 1e-6, is_quantised=is_quantised)
+    launch_swiglu(shape)
     q_THd, k_THd, v_THd = meta(t, 3, shape.heads, shape.head).unbind(1)
     cu_seqlens = meta(t // 4 + 1, dtype=torch.int32)
     for pattern in (AttentionPattern(None), AttentionPattern(1024, 64)):
         attention.launch(q_THd, k_THd, v_THd, cu_seqlens, pattern)
 
 
-def launch_trees(num_trees: int, depth: int, num_features: int) -> None:
-    """Launch the tree ensemble of a fraud request."""
+def launch_long_attention() -> None:
+    """Launch attention over one long sequence, and over several."""
+    for num_sequences, width in itertools.product((1, 8), (64, 128)):
+        q_THd, k_THd, v_THd = empty(65536, 3, 16, width, dtype=torch.bfloat16).unbind(1)
+        cu_seqlens = empty(num_sequences + 1, dtype=torch.int32)
+        for pattern in (AttentionPattern(None), AttentionPattern(1024, 64)):
+            attention.launch(q_THd, k_THd, v_THd, cu_seqlens, pattern)
+            lse_HT, out_THd = empty(16, 65536), torch.empty_like(q_THd)
+            qkv = (q_THd, k_THd, v_THd)
+            attention_grad.launch_grads(qkv, out_THd, lse_HT, out_THd, cu_seqlens, pattern)
+        for sparse in (SparsePattern(), SparsePattern(num_selected=0, far="pooled")):
+            block_sparse.launch(q_THd, k_THd, v_THd, cu_seqlens, sparse)
+
+
+def launch_trees(num_rows: int, num_trees: int, depth: int, num_features: int, width: int) -> None:
+    """Launch a tree ensemble."""
     nodes, leaves = 2**depth - 1, 2**depth
     ensemble = TreeEnsemble(
         empty(num_trees, nodes, dtype=torch.int32),
         empty(num_trees, nodes),
         empty(num_trees, nodes, dtype=torch.bool),
         empty(num_trees, leaves),
-        empty(num_trees, leaves, num_features),
+        empty(num_trees, leaves, width),
         empty(),
     )
-    trees.launch(empty(200, num_features), ensemble)
+    trees.launch(empty(num_rows, num_features), ensemble)
 
 
 def main() -> None:
-    report = Report()
     driver.set_active(OfflineDriver())
-    knobs.runtime.jit_cache_hook = report
-    for report.shape, shape in SHAPES.items():
+    knobs.runtime.jit_cache_hook = RECORDER
+    for RECORDER.shape, shape in SHAPES.items():
         launch_all(shape)
-    report.shape = "fraud"
-    launch_trees(num_trees=200, depth=6, num_features=24)
+    RECORDER.shape = "long"
+    launch_long_attention()
+    RECORDER.shape = "fraud"
+    launch_trees(num_rows=200, num_trees=200, depth=6, num_features=24, width=24)
+    for RECORDER.shape, width in (("trees", 128), ("trees-alone", 1)):
+        launch_trees(num_rows=65536, num_trees=300, depth=4, num_features=32, width=width)
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        for line in pool.imap_unordered(report, range(len(RECORDER.jobs))):
+            sys.stdout.write(line + "\n")
 
 
 if __name__ == "__main__":

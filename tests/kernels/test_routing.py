@@ -6,9 +6,10 @@ from typing import get_args
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kernels.dispatch import Form, Impl
-from kernels.routing import Routing, num_tiles, route
+from kernels.routing import Routing, num_tiles, route, route_and_balance, route_tokens
 
 NearCheck = Callable[[Tensor, Tensor], None]
 FORMS = get_args(Form)
@@ -301,3 +302,146 @@ def test_idle_tokens_take_no_row_and_disturb_nobody(
     assert torch.equal(routing.ends_E, alone.ends_E)
     used = (routing.tile_expert_M >= 0).sum()
     assert torch.equal(routing.tile_expert_M[:used], alone.tile_expert_M[: int(used)])
+
+
+@pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("num_experts", [1, 7, 64])
+def test_all_tokens_to_one_expert(
+    impl: Impl, num_experts: int, device: torch.device, assert_near: NearCheck
+) -> None:
+    logits_TE = torch.randn(53, num_experts, device=device)
+    bias_E = torch.zeros(num_experts, device=device)
+    bias_E[num_experts // 2] = 9.0
+    routing = route(logits_TE, bias_E, 1, block_rows=16, impl=impl)
+    assert routing.load_E.tolist() == [53 * (e == num_experts // 2) for e in range(num_experts)]
+    assert routing.tokens_R.tolist() == list(range(53))
+    assert routing.tile_row_M[:4].tolist() == [0, 16, 32, 48]
+    assert routing.tile_expert_M.tolist() == [num_experts // 2] * 4 + [-1] * num_experts
+    assert_near(routing.weights_TK, torch.ones(53, 1))
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_a_token_s_choice_does_not_depend_on_its_place(
+    impl: Impl, device: torch.device, assert_near: NearCheck
+) -> None:
+    logits_TE = torch.randn(211, 16, device=device)
+    bias_E = torch.randn(16, device=device) * 0.2
+    order_T = torch.randperm(211, device=device)
+    plain = route(logits_TE, bias_E, 3, impl=impl)
+    moved = route(logits_TE[order_T].contiguous(), bias_E, 3, impl=impl)
+    assert torch.equal(moved.experts_TK, plain.experts_TK[order_T])
+    assert_near(moved.weights_TK, plain.weights_TK[order_T])
+    for name in ("load_E", "ends_E", "tile_expert_M", "tile_row_M"):
+        assert torch.equal(getattr(moved, name), getattr(plain, name))
+    owner_R = torch.searchsorted(moved.ends_E, torch.arange(633, device=device), right=True)
+    for expert in range(16):
+        tokens = moved.tokens_R[owner_R == expert]
+        assert torch.equal(tokens, tokens.sort().values)
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_the_same_inputs_give_the_same_bits(impl: Impl, device: torch.device) -> None:
+    logits_TE, bias_E = torch.randn(130, 16, device=device), torch.zeros(16, device=device)
+    one, other = (route_and_balance(logits_TE, bias_E, 2, 1e-3, impl=impl) for _ in range(2))
+    for name in Routing._fields[:-1]:
+        assert torch.equal(getattr(one[0], name), getattr(other[0], name)), name
+    assert torch.equal(one[1].bias_E, other[1].bias_E)
+    assert torch.equal(one[1].violation_1, other[1].violation_1)
+
+
+@pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("num_valid", [None, 0, 97])
+@pytest.mark.parametrize("groups", [(1, 1), (4, 2)])
+def test_balance_is_the_largest_load_and_the_step_of_the_bias(
+    impl: Impl,
+    num_valid: int | None,
+    groups: tuple[int, int],
+    device: torch.device,
+    assert_near: NearCheck,
+) -> None:
+    logits_TE, bias_E = torch.randn(131, 16, device=device), torch.randn(16, device=device) * 0.1
+    count = None
+    if num_valid is not None:
+        count = torch.tensor([num_valid], dtype=torch.int32, device=device)
+    num_groups, chosen_groups = groups
+    given = (logits_TE, bias_E, 2)
+    routing, balance = route_and_balance(
+        *given,
+        0.01,
+        num_groups=num_groups,
+        chosen_groups=chosen_groups,
+        num_valid=count,
+        impl=impl,
+    )
+    plain = route(
+        *given, num_groups=num_groups, chosen_groups=chosen_groups, num_valid=count, impl=impl
+    )
+    for name in Routing._fields[:-1]:
+        assert torch.equal(getattr(routing, name), getattr(plain, name)), name
+    loads = routing.load_E.tolist()
+    mean = sum(loads) / 16
+    assert_near(balance.violation_1.cpu(), torch.tensor([max(loads) / mean - 1 if mean else 0.0]))
+    steps = [0.01 * ((load < mean) - (load > mean)) for load in loads]
+    moved = [b + step for b, step in zip(bias_E.tolist(), steps, strict=True)]
+    expected = torch.tensor(moved) - sum(moved) / 16
+    assert_near(balance.bias_E.cpu(), expected)
+
+
+@pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("num_tokens", "width", "num_experts", "num_chosen", "groups"),
+    [(0, 8, 4, 2, (1, 1)), (1, 24, 1, 1, (1, 1)), (97, 40, 16, 2, (1, 1)), (83, 24, 6, 2, (3, 2))],
+)
+def test_tokens_are_routed_by_their_product_with_the_router(
+    impl: Impl,
+    dtype: torch.dtype,
+    num_tokens: int,
+    width: int,
+    num_experts: int,
+    num_chosen: int,
+    groups: tuple[int, int],
+    device: torch.device,
+    assert_near: NearCheck,
+) -> None:
+    x_TD = torch.randn(num_tokens, width, device=device).mul(4).round().div(4).to(dtype)
+    router_ED = torch.randn(num_experts, width, device=device).mul(64).round() / 64
+    router_ED = router_ED / 2  # products and sums of few bits are exact in any order
+    bias_E = torch.randn(num_experts, device=device) * 0.1
+    logits_TE = (x_TD.double() @ router_ED.double().T).float()
+    num_groups, chosen_groups = groups
+    choose = partial(route, num_groups=num_groups, chosen_groups=chosen_groups)
+    want = choose(logits_TE, bias_E, num_chosen, impl="reference")
+    choose_for = partial(route_tokens, num_groups=num_groups, chosen_groups=chosen_groups)
+    got = choose_for(x_TD, router_ED, bias_E, num_chosen, impl=impl)
+    assert_same(got, want, assert_near)
+
+
+def test_a_router_that_no_program_can_hold_takes_a_product_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, assert_near: NearCheck
+) -> None:
+    monkeypatch.setattr("kernels.routing.FUSED_BYTES", 0)
+    x_TD, router_ED = torch.randn(33, 16, device=device), torch.randn(8, 16, device=device)
+    bias_E = torch.zeros(8, device=device)
+    want = route(functional.linear(x_TD, router_ED), bias_E, 2, impl="reference")
+    assert_same(route_tokens(x_TD, router_ED, bias_E, 2, impl="triton"), want, assert_near)
+
+
+def test_gradients_reach_tokens_and_router() -> None:
+    x_TD = torch.randn(5, 6, requires_grad=True)
+    router_ED = torch.randn(4, 6, requires_grad=True)
+    routing = route_tokens(x_TD, router_ED, torch.zeros(4), 2)
+    plain = route(functional.linear(x_TD, router_ED), torch.zeros(4), 2)
+    assert torch.equal(routing.weights_TK, plain.weights_TK)  # the bits of two calls
+    grads = [
+        torch.autograd.grad(weights_TK[:, 0].sum(), (x_TD, router_ED))
+        for weights_TK in (routing.weights_TK, plain.weights_TK)
+    ]
+    for got, want in zip(*grads, strict=True):
+        assert torch.equal(got, want)
+        assert got.any()
+
+
+def test_a_router_of_another_width_is_refused() -> None:
+    with pytest.raises(ValueError, match="router_ED: expected"):
+        route_tokens(torch.zeros(3, 4), torch.zeros(2, 5), torch.zeros(2), 1)

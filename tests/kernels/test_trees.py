@@ -130,3 +130,27 @@ def test_leaf_count_that_is_no_power_of_two_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="power of two"):
         tree_ensemble(torch.zeros(1, 3), shorter)
+
+
+def test_many_rows_are_walked_by_blocks_alone(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, assert_near: NearCheck
+) -> None:
+    monkeypatch.setattr("kernels._triton.trees.MANY_ROWS", 100)
+    ensemble, x_NF = draw(5, 2, 6, 130, device), draw_rows(131, 6, device)
+    x_NF[7] = torch.nan
+    want = tree_ensemble(x_NF, ensemble, impl="reference")
+    got = tree_ensemble(x_NF, ensemble, impl="triton")
+    again = tree_ensemble(x_NF.T.contiguous().T, ensemble, impl="triton")
+    for got_N, again_N, want_N in zip(got, again, want, strict=True):
+        assert_near(got_N, want_N)
+        assert torch.equal(got_N, again_N)
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_a_row_does_not_depend_on_its_place(impl: Impl, device: torch.device) -> None:
+    ensemble, x_NF = draw(17, 2, 6, 5, device), draw_rows(37, 6, device)
+    order_N = torch.randperm(37, device=device)
+    plain = tree_ensemble(x_NF, ensemble, impl=impl)
+    moved = tree_ensemble(x_NF[order_N], ensemble, impl=impl)
+    for got, want in zip(moved, plain, strict=True):
+        assert torch.equal(got, want[order_N])

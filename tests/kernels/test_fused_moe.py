@@ -1,0 +1,215 @@
+import math
+from collections.abc import Callable
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels._triton.fused_moe import launch
+from kernels.dispatch import Form, Impl
+from kernels.fused_moe import fused_moe, tile_rows
+from kernels.moe_config import MoELaunch, ProductLaunch
+from kernels.routing import Routing, route
+
+NearCheck = Callable[[Tensor, Tensor], None]
+Inputs = tuple[Tensor, Tensor, Tensor, Routing]
+FORMS = get_args(Form)
+ROUNDINGS = 4  # hidden row and output are rounded once more than in the reference
+
+
+def draw(
+    num_tokens: int,
+    sizes: tuple[int, int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    block_rows: int = 16,
+) -> Inputs:
+    """Return tokens, weights and routing; sizes = D, F, E, K."""
+    width, hidden, num_experts, num_chosen = sizes
+    logits_TE = torch.randn(num_tokens, num_experts, device=device)
+    bias_E = torch.zeros(num_experts, device=device)
+    routing = route(logits_TE, bias_E, num_chosen, block_rows=block_rows, impl="reference")
+    x_TD = torch.randn(num_tokens, width, device=device).to(dtype)
+    gate_up = torch.randn(num_experts, 2 * hidden, width, device=device) * width**-0.5
+    down = torch.randn(num_experts, width, hidden, device=device) * hidden**-0.5
+    return x_TD, gate_up.to(dtype), down.to(dtype), routing
+
+
+def exact(inputs: Inputs) -> Tensor:
+    """Return the formula in float64."""
+    x, gate_up, down, routing = inputs
+    wide = routing._replace(weights_TK=routing.weights_TK.double())
+    return fused_moe(x.double(), gate_up.double(), down.double(), wide, impl="reference")
+
+
+def test_reference_is_the_formula(assert_near: NearCheck) -> None:
+    inputs = x, gate_up, down, routing = draw(5, (3, 2, 4, 2), torch.device("cpu"), torch.float64)
+    expected = torch.zeros_like(x)
+    for t in range(5):
+        for k in range(2):
+            e, w = int(routing.experts_TK[t, k]), float(routing.weights_TK[t, k])
+            for f in range(2):
+                gate = sum(float(gate_up[e, f, d] * x[t, d]) for d in range(3))
+                up = sum(float(gate_up[e, 2 + f, d] * x[t, d]) for d in range(3))
+                expected[t] += w * down[e, :, f] * (gate / (1.0 + math.exp(-gate)) * up)
+    assert_near(fused_moe(*inputs, impl="reference"), expected)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("block_rows", [16, 64, 128])
+@pytest.mark.parametrize(
+    ("num_tokens", "sizes"),
+    [
+        (0, (16, 8, 3, 1)),
+        (1, (24, 20, 8, 2)),  # most experts empty; rows that TMA cannot read
+        (37, (24, 20, 5, 2)),  # nothing divides a tile
+        (19, (16, 80, 3, 3)),  # K = E, two column blocks
+        (23, (80, 16, 1, 1)),  # two inner blocks
+        (41, (136, 72, 7, 3)),  # TMA with tails in all dimensions
+    ],
+)
+def test_forms_agree(
+    impl: Impl,
+    dtype: torch.dtype,
+    block_rows: int,
+    num_tokens: int,
+    sizes: tuple[int, int, int, int],
+    device: torch.device,
+    assert_near: NearCheck,
+) -> None:
+    inputs = draw(num_tokens, sizes, device, dtype, block_rows)
+    got = fused_moe(*inputs, impl=impl)
+    assert got.dtype == dtype
+    assert_near(got, fused_moe(*inputs, impl="reference"))
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("num_tokens", [5, 29])
+def test_every_cut_gives_the_same(
+    swap: bool, group: int, num_tokens: int, device: torch.device, assert_near: NearCheck
+) -> None:
+    sizes = (64, 48, 5, 2)
+    inputs = draw(num_tokens, sizes, device, torch.float32)
+    want = fused_moe(*inputs, impl="reference")
+    for is_persistent in (False, True):
+        cut = ProductLaunch(16, 32, 4, 3, swap, group, is_persistent)
+        got = launch(*inputs, MoELaunch(16, cut, cut, chained=True))
+        assert_near(got, want)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_error_is_that_of_a_few_roundings(
+    impl: Impl, dtype: torch.dtype, device: torch.device
+) -> None:
+    inputs = draw(31, (48, 40, 5, 2), device, dtype)
+    want = exact(inputs)
+    error, least = (
+        (fused_moe(*inputs, impl=form).double() - want).norm() for form in (impl, "reference")
+    )
+    assert 0 < error <= ROUNDINGS * least
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_all_tokens_to_one_expert(impl: Impl, device: torch.device, assert_near: NearCheck) -> None:
+    x_TD, gate_up, down, _ = draw(33, (16, 16, 4, 1), device, torch.float32)
+    logits_TE = torch.zeros(33, 4, device=device)
+    bias_E = torch.tensor([0.0, 0.0, 1.0, 0.0], device=device)
+    routing = route(logits_TE, bias_E, 1, block_rows=16, impl=impl)
+    gate_TF, up_TF = (x_TD @ gate_up[2].T).chunk(2, dim=1)
+    expected_TD = (torch.nn.functional.silu(gate_TF) * up_TF) @ down[2].T
+    assert_near(fused_moe(x_TD, gate_up, down, routing, impl=impl), expected_TD)
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_a_broken_token_stays_alone(impl: Impl, device: torch.device) -> None:
+    x_TD, gate_up, down, routing = draw(20, (16, 16, 3, 2), device, torch.float32)
+    x_TD[11] = torch.nan
+    out_TD = fused_moe(x_TD, gate_up, down, routing, impl=impl)
+    assert out_TD.isnan().any(dim=1).nonzero().flatten().tolist() == [11]
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_idle_tokens_give_nothing(impl: Impl, device: torch.device, assert_near: NearCheck) -> None:
+    x_TD, gate_up, down, _ = draw(21, (16, 12, 4, 2), device, torch.float32)
+    logits_TE, bias_E = torch.randn(21, 4, device=device), torch.zeros(4, device=device)
+    num_valid = torch.tensor([13], dtype=torch.int32, device=device)
+    routing = route(logits_TE, bias_E, 2, block_rows=16, num_valid=num_valid)
+    alone = route(logits_TE[:13].contiguous(), bias_E, 2, block_rows=16)
+    out_TD = fused_moe(x_TD, gate_up, down, routing, impl=impl)
+    assert_near(out_TD[:13], fused_moe(x_TD[:13], gate_up, down, alone, impl=impl))
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_result_does_not_depend_on_the_order_of_tokens(
+    impl: Impl, device: torch.device, assert_near: NearCheck
+) -> None:
+    x_TD, gate_up, down, _ = draw(21, (16, 12, 4, 2), device, torch.float32)
+    logits_TE = torch.randn(21, 4, device=device)
+
+    def layer(x: Tensor, logits: Tensor) -> Tensor:
+        routing = route(logits, torch.zeros(4, device=device), 2, block_rows=16, impl=impl)
+        return fused_moe(x, gate_up, down, routing, impl=impl)
+
+    order = torch.randperm(21, device=device)
+    assert_near(layer(x_TD[order], logits_TE[order]), layer(x_TD, logits_TE)[order])
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("block_rows", [16, 64])
+@pytest.mark.parametrize(
+    ("num_tokens", "sizes"),
+    [(1, (6, 5, 7, 2)), (9, (6, 5, 7, 2)), (37, (72, 40, 3, 3)), (29, (16, 80, 4, 1))],
+)
+def test_gradients_agree(
+    impl: Impl,
+    block_rows: int,
+    num_tokens: int,
+    sizes: tuple[int, int, int, int],
+    device: torch.device,
+    assert_near: NearCheck,
+) -> None:
+    x, gate_up, down, routing = draw(num_tokens, sizes, device, torch.float32, block_rows)
+    scale = torch.randn_like(x)  # another gradient for each output
+    weights = routing.weights_TK.clone()
+    leaves = [tensor.requires_grad_() for tensor in (x, gate_up, down, weights)]
+    grads = []
+    for form in (impl, "reference"):
+        out = fused_moe(x, gate_up, down, routing._replace(weights_TK=weights), impl=form)
+        grads.append(torch.autograd.grad((out * scale).sum(), leaves))
+    for got, want in zip(*grads, strict=True):
+        norm = want.norm() / want.numel() ** 0.5 + 1e-30
+        assert_near(got / norm, want / norm)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_idle_tokens_have_no_gradient(
+    impl: Impl, device: torch.device, assert_near: NearCheck
+) -> None:
+    x, gate_up, down, _ = draw(21, (16, 12, 4, 2), device, torch.float32)
+    logits_TE, bias_E = torch.randn(21, 4, device=device), torch.zeros(4, device=device)
+    for count in (0, 13):
+        num_valid = torch.tensor([count], dtype=torch.int32, device=device)
+        routing = route(logits_TE, bias_E, 2, block_rows=16, num_valid=num_valid)
+        alone = route(logits_TE[:count].contiguous(), bias_E, 2, block_rows=16)
+        leaves = [tensor.requires_grad_() for tensor in (x, gate_up, down)]
+        got, want = (
+            torch.autograd.grad(fused_moe(tokens, gate_up, down, order, impl=impl).sum(), leaves)
+            for tokens, order in ((x, routing), (x[:count], alone))
+        )
+        for each, expected in zip(got, want, strict=True):
+            assert_near(each, expected)
+
+
+def test_weights_of_another_dtype_are_refused() -> None:
+    x_TD, gate_up, down, routing = draw(3, (4, 4, 2, 1), torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match="down_EDF: expected"):
+        fused_moe(x_TD, gate_up, down.half(), routing)
+
+
+def test_tiles_follow_the_mean_load() -> None:
+    down_EDF = torch.empty(8, 4, 4, device="meta")
+    assert [tile_rows(tokens, 2, down_EDF) for tokens in (0, 1, 80, 10_000)] == [16, 16, 32, 128]
