@@ -22,6 +22,7 @@ PHASES = ("unit", "slow", "ray", "kafka", "browser", "data", "gpu")
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # clusters of tests; read when Ray is imported
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # tests wait for it; else 10 s
 
 # ``tmp_path`` lies in memory where there is room: no test cuts the power, yet on a disk the tests
 # of boxes, fleet and console passed half of their time in ``fsync`` (4 ms each, 2026-11-28).
@@ -126,8 +127,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def real_kafka() -> Iterator[RealKafka]:
-    """One Apache Kafka for the run, topics to be created by the test; mark the test ``kafka``."""
-    with RealKafka() as broker:
+    """One Apache Kafka for the run, topics to be created by the test; mark the test ``kafka``.
+
+    It takes messages of 12 MB.
+    """
+    with RealKafka(message_max_bytes="12000000") as broker:
         yield broker
 
 

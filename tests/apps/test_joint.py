@@ -35,7 +35,7 @@ def lessons(tmp_path_factory: pytest.TempPathFactory) -> list[Lesson]:
 def test_one_model_of_all_lessons_is_kept_with_what_they_chose(
     lessons: list[Lesson], tmp_path: Path
 ) -> None:
-    plan = Plan(PRESETS["tiny"], LoopSettings(steps=40), 0, "cpu")
+    plan = Plan(PRESETS["tiny"], LoopSettings(steps=12), 0, "cpu")
     losses: list[dict[str, float]] = []
     model = fit(lessons, plan, lambda _s, _n, said: losses.append(dict(said)))
     assert set(losses[0]) == {"fraud", "forecast"}

@@ -8,6 +8,7 @@ import pytest
 
 from apps.maintenance.protocol import HORIZONS, hours_to_failure, labels
 from apps.maintenance.simulate import SimulationConfig, simulate
+from apps.maintenance.training import baseline
 from apps.maintenance.training.baseline import class_probs, fit_classes
 from apps.maintenance.training.edge_report import CLOUD, Opinion, compare, held_rows
 from apps.maintenance.training.train import training_part
@@ -41,7 +42,11 @@ def test_share_of_the_clouds_events_is_counted_against_the_cloud() -> None:
 
 
 @pytest.mark.slow
-def test_onnx_says_what_lightgbm_says_also_where_values_are_unknown(tmp_path: Path) -> None:
+def test_onnx_says_what_lightgbm_says_also_where_values_are_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {**baseline.PARAMETERS, "n_estimators": 50}
+    monkeypatch.setattr(baseline, "PARAMETERS", few)
     part = training_part(simulate(SimulationConfig(num_machines=8, num_days=100, seed=2)))
     peer = OnnxTrees(part, 0, SENSED, tmp_path, 1, lambda _: None)
     said = peer.opinion()
@@ -57,7 +62,10 @@ def test_onnx_says_what_lightgbm_says_also_where_values_are_unknown(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_box_forecasts_in_this_process_and_in_its_own(tmp_path: Path) -> None:
+def test_box_forecasts_in_this_process_and_in_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.edge_box._SETTLE_S", 1.0)  # 128 windows take .03 s
     rows = np.tile(golden_features(), (4, 1))
     trial = Trial(tmp_path / "trial", make_bundle(1), FEATURES, rows)
     trial.set_up()

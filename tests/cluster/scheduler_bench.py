@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import cache
 
 import numpy as np
 
@@ -15,16 +17,22 @@ STEP_MS = 1.0
 LIMITS = Limits(max_step_ms=11.05)  # room for 100 tokens
 
 
+@cache
+def known_cost() -> CostModel:
+    """The cost model, learnt once; to be copied."""
+    cost = CostModel()
+    for n in (1, 1000) * 300:
+        cost.observe({"task": n}, STEP_MS + TOKEN_MS * n)
+        cost.observe({"task/chunk": n}, STEP_MS + TOKEN_MS * n)
+    return cost
+
+
 class Bench:
     """A scheduler with a known cost model and a clock under control."""
 
     def __init__(self, limits: Limits = LIMITS) -> None:
         self.now = 100.0
-        cost = CostModel()
-        for n in (1, 1000) * 300:
-            cost.observe({"task": n}, STEP_MS + TOKEN_MS * n)
-            cost.observe({"task/chunk": n}, STEP_MS + TOKEN_MS * n)
-        self.scheduler = Scheduler(cost, lambda: self.now, limits)
+        self.scheduler = Scheduler(deepcopy(known_cost()), lambda: self.now, limits)
         self.count = 0
 
     def add(

@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -157,6 +158,7 @@ def head(tmp_path_factory: pytest.TempPathFactory, spans: Spans) -> Iterator[Hea
         "RAY_AUTH_TOKEN_PATH": str(folder / "ray_token"),
         "TRIMOE_API_KEYS": str(folder / "api_keys.json"),
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{spans.server_address[1]}",
+        "OTEL_BSP_SCHEDULE_DELAY": "500",  # ms from one batch of spans to the next
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
@@ -207,11 +209,12 @@ def port(head: Head, tmp_path_factory: pytest.TempPathFactory) -> int:
     config["applications"][0]["args"]["models"] = str(ROOT / "models")
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
     words = ["cluster", "deploy", f"--config={folder / 'serve.yaml'}", "--address", head.dashboard]
-    with EmbeddedBroker() as broker:
-        early = head.trimoe(*fraud_run(broker, make_topics(broker.bootstrap_servers, "early")))
-    assert (early.returncode, "trimoe cluster deploy first" in early.stderr) == (2, True)
     (folder / "wrong").write_text("wrong")
-    refused = head.trimoe(*words, RAY_AUTH_TOKEN_PATH=str(folder / "wrong"))
+    with EmbeddedBroker() as broker, ThreadPoolExecutor(1) as pool:
+        refusing = pool.submit(head.trimoe, *words, RAY_AUTH_TOKEN_PATH=str(folder / "wrong"))
+        early = head.trimoe(*fraud_run(broker, make_topics(broker.bootstrap_servers, "early")))
+        refused = refusing.result()
+    assert (early.returncode, "trimoe cluster deploy first" in early.stderr) == (2, True)
     assert (refused.returncode, "expected the cluster's token" in refused.stderr) == (2, True)
     done = head.trimoe(*words, "--wait-s=120")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -230,7 +233,7 @@ def test_probes_and_scrapes_of_the_deploy_files_need_no_token(head: Head, port: 
     wanted = re.compile(
         rb'^ray_serve_deployment_replica_healthy\{.*deployment="InferenceCore"', re.M
     )
-    deadline = time.monotonic() + 40  # agents export every 10 s
+    deadline = time.monotonic() + 40
     while not wanted.search(get(f"{head.metrics}/metrics")):
         assert time.monotonic() < deadline
         time.sleep(1)
@@ -252,7 +255,7 @@ def test_a_trace_of_the_caller_reaches_the_steps(head: Head, port: int, spans: S
     )
     with urllib.request.urlopen(request, timeout=10) as answer:
         assert answer.status == 200
-    deadline = time.monotonic() + 20  # a batch of spans leaves every 5 s
+    deadline = time.monotonic() + 20
     while not {(trace_id, "trimoe.queue"), (trace_id, "trimoe.compute")} <= spans.found:
         assert time.monotonic() < deadline, spans.found
         time.sleep(0.2)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import nibabel
 import numpy as np
 from numpy.typing import NDArray
 
@@ -60,6 +59,8 @@ class Run:
         path = self.summary.outputs.get(LABELS)
         if path is None:
             return None
+        import nibabel  # noqa: PLC0415 - half of a driver's start, and few compare labels
+
         return np.asarray(
             nibabel.Nifti1Image.from_filename(self.root / path).dataobj, dtype=np.uint8
         )

@@ -224,4 +224,6 @@ def test_four_hundred_slices_are_found_and_read_fast(tmp_path: Path) -> None:
         case = read_case(source, Bounds())
         times_s.append(time.process_time() - start)
         assert case.status is Status.CORRECT
+        if times_s[-1] < 2.0:
+            break  # another one proves no more
     assert min(times_s) < 2.0

@@ -1,4 +1,4 @@
-"""A file in the layout of AdrenalMNIST3D, and small phantoms."""
+"""A file in the layout of AdrenalMNIST3D, small phantoms, and small models of volumes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +9,8 @@ import torch
 
 from apps.imaging.phantom import PhantomShape, make_phantom
 from apps.imaging.training.known import Known
+from core_model import volume_tasks
+from core_model.tasks import registered_tasks
 
 SMALL = PhantomShape(slices=40, pixels=64, slice_mm=6.0, pixel_mm=6.4, noise_hu=10.0)
 
@@ -34,6 +36,25 @@ def adrenal_file(tmp_path: Path) -> Path:
 def phantoms() -> list[Known]:
     """Three cases."""
     return [Known.of(*make_phantom(seed, SMALL)) for seed in range(3)]
+
+
+@pytest.fixture
+def narrow_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of the channels: training on shapes takes three fifths of the time."""
+    monkeypatch.setattr(volume_tasks, "CHANNELS", volume_tasks.Channels(8, 16, 32))
+
+
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of organs with an eighth of the voxels, in training, serving and model."""
+    grid = volume_tasks.WindowGrid(6, 6, 6)
+    for module in ("apps.imaging.windows", "apps.imaging.training.loop"):
+        monkeypatch.setattr(f"{module}.WINDOW", tuple(grid))
+    monkeypatch.setattr("apps.imaging.training.calibrate.VOXELS_EACH", 2_500)
+    usual = volume_tasks.ORGANS_TASK
+    small = volume_tasks._task(usual.name, grid, usual.outputs, 1 + len(volume_tasks.ORGANS))
+    found = {**registered_tasks(), small.name: small}
+    monkeypatch.setattr("core_model.model.registered_tasks", lambda: found)
 
 
 @pytest.fixture

@@ -152,6 +152,7 @@ def test_only_what_trains_organs_on_cuda_is_narrowed(volume: Volume, task: str) 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_windows")
 def test_a_few_steps_lower_the_loss_and_labels_fit_the_case(volume: Volume) -> None:
     torch.manual_seed(0)
     model = MoETransformer(PRESETS["tiny"], ["organs"])

@@ -114,14 +114,14 @@ def test_experts_that_are_left_out_have_no_say(phantoms: list[Known]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("small_windows", "one_thread")
 def test_a_run_that_was_cut_off_ends_with_the_same_bits(
     phantoms: list[Known], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adrenal_file: Path
 ) -> None:
     monkeypatch.setattr(core_model.joint, "SAVE_EVERY", 1)
     monkeypatch.setattr(core_model.joint, "SAY_EVERY", 1)
     organs = lesson(phantoms, VolumeSettings(batch_size=1, workers=1))
-    shapes = replace(ShapeLesson.of(adrenal_file), settings=ShapeSettings(batch_size=8))
+    shapes = replace(ShapeLesson.of(adrenal_file), settings=ShapeSettings(batch_size=2))
     sources: list[Source] = [organs.source("cpu", 3), shapes.source("cpu", 0)]
     whole, settings = fresh("organs", "adrenal"), LoopSettings(steps=3)
     train(whole, sources, settings, lambda *_: None)
@@ -143,6 +143,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_windows")
 def test_organs_and_shapes_are_learnt_in_the_same_steps(
     phantoms: list[Known], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adrenal_file: Path
 ) -> None:

@@ -48,6 +48,7 @@ def test_the_official_parts_have_their_roles(lesson: ShapeLesson, adrenal_file: 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("narrow_maps")
 def test_large_and_small_shapes_are_told_apart_on_the_test_part(
     lesson: ShapeLesson, tmp_path: Path, adrenal_file: Path
 ) -> None:

@@ -13,6 +13,7 @@ from core_model.checkpoint import load_checkpoint
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("narrow_maps")
 def test_every_row_is_reported_and_a_finished_seed_is_not_trained_again(
     adrenal_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,7 @@ def test_there_are_eight_mirror_images() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("narrow_maps")
 def test_large_and_small_shapes_are_learned_apart() -> None:
     small, large = masks(24), masks(24)
     large |= large.roll(5, 1) | large.roll(-4, 2)

@@ -44,6 +44,7 @@ def test_any_table_in_the_layout_is_evaluated_and_reused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(life_fit, "NUM_ROUNDS", 150)
+    monkeypatch.setattr(cmapss_runs, "MOST_ROWS", 1_000)  # of 2,800
     monkeypatch.setattr(cmapss_runs, "SETTINGS", replace(life_fit.SETTINGS, epochs=3))
     write_subset(tmp_path, "XY07")
     args = Namespace(

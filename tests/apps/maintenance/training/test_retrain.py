@@ -197,6 +197,8 @@ def test_a_job_that_was_killed_goes_on_where_it_was(
 ) -> None:
     monkeypatch.setattr("apps.maintenance.training.fit.LEAST_STEPS", 6)
     monkeypatch.setattr("apps.maintenance.training.trees.NUM_ROUNDS", 10)
+    once = replace(TUNING, epochs=1)
+    monkeypatch.setattr("apps.maintenance.training.retrain_job.TUNING", once)
     torch.manual_seed(0)
     facts: dict[str, Any] = {"data": "none", "metrics": {}, "command": "none"}
     deployed = MoETransformer(PRESETS["tiny"], [FORECAST.name])
