@@ -6,7 +6,16 @@ from pathlib import Path
 from apps.arguments import Subparsers, add_lessons, count, later, positive
 
 KERNEL_OPS = ("norm", "routing", "trees", "attention", "block_sparse", "moe", "moe_fp8", "step")
-SERVING_CASES = ("mixed", "goodput", "lengths", "long", "overload", "versions", "sweep")
+SERVING_CASES = (
+    "mixed",
+    "goodput",
+    "lengths",
+    "long",
+    "overload",
+    "versions",
+    "joint",
+    "sweep",
+)
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -53,6 +62,9 @@ def _add_serving(subjects: Subparsers) -> None:
         "--case", action="append", choices=SERVING_CASES, help="default: all on CPU"
     )
     parser.add_argument("--preset", default="base", choices=("tiny", "base", "large"))
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="of case joint; default: models/shared"
+    )
     parser.add_argument("--seconds", type=float, default=20.0, help="of one measurement")
     parser.add_argument("--rounds", type=int, default=2, help="of alternating policies")
     _add_common(parser, "benchmarks.serving")

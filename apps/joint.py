@@ -40,7 +40,7 @@ from core_model.packing import Encoded, RaggedBatch
 from core_model.training import device_of, settle_norms
 
 VERSION = "shared-{number}"
-TOKENS_EACH = 60_000  # of each task, that the experts are balanced on
+TOKENS_EACH = 400_000  # of each task, that the experts are balanced on
 
 
 class Lesson(Protocol):
@@ -124,7 +124,8 @@ def fit(
     for each in lessons:
         settle_norms(model, each.task, each.traffic(plan.device))
     if is_levelled:
-        rebalance(model, [pack for each in lessons for pack in encoded_traffic(model, each)])
+        for each in lessons:
+            rebalance(model, each.task, list(encoded_traffic(model, each)))
     return model
 
 

@@ -41,7 +41,7 @@ from benchmarks.results import append_row
 from cluster.onnx import INPUT_NAME
 from core_model.checkpoint import WEIGHTS, read_manifest
 
-SHIPPED = Path(__file__).parents[1] / "models" / "forecast"
+SHIPPED = Path(__file__).parents[1] / "models" / "shared"
 THREADS = 1  # of fits: LightGBM with two beside other work took five times as long
 NUM_TIMED = 300  # rows of a model, one by one
 TARGETS: Mapping[str, float] = {

@@ -8,9 +8,11 @@ Cases, each against the same model in the same run:
     long       a stream while one sequence of 65,536 tokens is in flight
     overload   three times the capacity, then half of it
     versions   hot swap, canary and shadow under load
+    joint      hot swaps, canary, promotion and rollback of a joint checkpoint while all of its
+               applications ask; the exit status is 1 if any request failed
     sweep      GPU: useful tokens/s while the stream grows from 100 to 2,000 sequences/s
 
-Weights are random: no figure here speaks of quality.
+Weights are random but for those of the versions: no figure here speaks of quality.
 """
 
 import argparse
@@ -31,6 +33,7 @@ CASES = {
     "long": "benchmarks.serving_ragged",
     "overload": "benchmarks.serving_overload",
     "versions": "benchmarks.serving_versions",
+    "joint": "benchmarks.serving_joint",
     "sweep": "benchmarks.serving_sweep",
 }
 
@@ -45,24 +48,31 @@ def finite(figures: Any) -> Any:  # noqa: ANN401 - nested figures
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the chosen cases; the last line is one JSON object."""
+    """Run the chosen cases; the last line is one JSON object, the status 1 if ``joint`` had errors.
+
+    Raises:
+        ConfigurationError: Case ``joint`` has no checkpoint.
+    """
     os.environ.setdefault("RAY_worker_niceness", "0")
     from cluster import platform  # noqa: PLC0415 - sets what Ray reads at import
 
     platform.prepare_environment()
     import ray  # noqa: PLC0415 - after the environment
 
+    from benchmarks.serving_joint_changes import find_joint  # noqa: PLC0415 - as above
     from benchmarks.serving_rig import Rig  # noqa: PLC0415 - as above
 
+    cases = args.case or [case for case in CASES if case != "sweep"]
+    more = {"joint": {"checkpoint": find_joint(args.checkpoint)}} if "joint" in cases else {}
     platform.start_ray(platform.PlatformConfig(port=None, device=args.device, num_cpus=8))
     figures: dict[str, Any] = {}
     try:
         rig = Rig(args.preset, args.device, args.seconds, args.rounds)
-        for case in args.case or [case for case in CASES if case != "sweep"]:
+        for case in cases:
             began = time.monotonic()
             rig.say(f"case {case} ...")
-            figures[case] = getattr(import_module(CASES[case]), f"run_{case}")(rig)
-            figures[case] = finite(figures[case])
+            run = getattr(import_module(CASES[case]), f"run_{case}")
+            figures[case] = finite(run(rig, **more.get(case, {})))
             figures[case]["case_seconds"] = round(time.monotonic() - began, 1)
             rig.say(json.dumps({case: figures[case]}))
     finally:
@@ -77,4 +87,4 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
     sys.stdout.write(json.dumps(figures) + "\n")
-    return 0
+    return 1 if figures.get("joint", {}).get("errors") else 0

@@ -113,12 +113,12 @@ class Engine:
 
     async def warm_up(self, version: str | None = None) -> None:
         """Run blank requests of every task, so that the cost model starts from measurements."""
-        version = version or self.aliases.stable
-        for spec in self._models[version].runner.tasks.values():
+        model = self._models[version or self.aliases.stable]
+        for spec in model.runner.tasks.values():
             for num_sequences in WARM_UP_SEQUENCES:
                 room = 1 if spec.pieces > 1 else max(1, WARM_UP_TOKENS // spec.max_tokens)
                 request = blank_request(spec, min(num_sequences, room))
-                await self._answer(request, version)
+                await self._answer(request, model)
 
     async def follow(self, aliases: Aliases, load: Load) -> None:
         """Load what aliases name and is not loaded, in a thread, then serve by them.
@@ -149,8 +149,9 @@ class Engine:
             UnavailableError: Back-pressure, deadline, or a step that failed.
         """
         version = self.aliases.resolve(request.model_version, request.request_id)
+        model = self._models[version]  # now: the version may be let go before the answer begins
         try:
-            response = await self._pending.join(request, lambda: self._answer(request, version))
+            response = await self._pending.join(request, lambda: self._answer(request, model))
         except TrimoeError as error:
             self._telemetry.refused(request, version, error)
             raise
@@ -205,9 +206,8 @@ class Engine:
         return 0.0 if self._scheduler.is_idle else self._clock() - self._heartbeat
 
     async def _answer(
-        self, request: InferRequest, version: str, *, is_spare: bool = False
+        self, request: InferRequest, model: LoadedModel, *, is_spare: bool = False
     ) -> InferResponse:
-        model = self._models[version]
         work = admit(request, model.runner.tasks, model.runner.num_layers)
         future: asyncio.Future[InferResponse] = asyncio.get_running_loop().create_future()
         job = Job(request, work, self._clock(), future, model, is_spare=is_spare)
@@ -217,7 +217,8 @@ class Engine:
     async def _ask_shadow(self, request: InferRequest, response: InferResponse) -> None:
         """Ask the version on trial the same in spare time, and compare."""
         version = self.aliases.shadow
-        if version is None or version not in self._models:
+        model = None if version is None else self._models.get(version)
+        if version is None or model is None:
             return
         copy = replace(
             request,
@@ -226,10 +227,10 @@ class Engine:
             deadline_ms=SHADOW_DEADLINE_MS,
         )
         try:
-            shadow = await self._answer(copy, version, is_spare=True)
+            shadow = await self._answer(copy, model, is_spare=True)
         except UnavailableError:
             return  # no room for it: a shadow never costs the others anything
-        spec = self._models[version].runner.tasks[request.task]
+        spec = model.runner.tasks[request.task]
         disagreed = count_disagreements(response, shadow, spec.agree_within)
         record = self._records[version]
         record.num_shadowed += request.num_sequences

@@ -203,10 +203,10 @@ class StepRunner:
             batch = self._pack(task, [unit.span])
             if spec.pieces > 1:
                 pieced, head = cast("PiecedAdapter", adapter), cast("PiecedHead", model.heads[task])
-                under_way[unit.sequence] = PiecedSequence(pieced, head, batch)
+                under_way[unit.sequence] = PiecedSequence(task, pieced, head, batch)
             else:
                 encoded: Encoded = adapter(batch)
-                chunks = LongSequence(model, encoded, spec.chunk_tokens)
+                chunks = LongSequence(model, task, encoded, spec.chunk_tokens)
                 under_way[unit.sequence] = _Long(chunks, encoded)
         return under_way[unit.sequence]
 
@@ -229,8 +229,8 @@ class StepRunner:
         encoded: dict[str, Encoded] = {
             task: model.adapters[task](batch) for task, batch in batches.items()
         }
-        others = [each.encoded for each in ready if each.encoded is not None]
-        pieces, experts = model.run_encoded([*encoded.values(), *others])
+        others = [(each.task, each.encoded) for each in ready if each.encoded is not None]
+        pieces, experts = model.run_encoded([*encoded.items(), *others])
         chosen = experts.split([piece.shape[0] for piece in pieces], dim=1)
         num = len(encoded)
         for each, tokens, own in zip(ready, pieces[num:], chosen[num:], strict=True):

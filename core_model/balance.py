@@ -141,12 +141,14 @@ def _layer_loss(
 
 
 @torch.no_grad()
-def move_bias(model: MoETransformer, load_LE: Tensor, rate: float) -> None:
-    """Shift each expert's selection bias by ``rate`` toward the mean load."""
+def move_bias(model: MoETransformer, task: str, load_LE: Tensor, rate: float) -> None:
+    """Shift each expert's selection bias for a task by ``rate`` toward the mean load."""
+    place = model.place_of(task)
     step = torch.sign(load_LE.mean(dim=1, keepdim=True) - load_LE).float() * rate
     for moe, step_E in zip(model.moe_layers, step, strict=True):
-        moe.expert_bias += step_E
-        moe.expert_bias -= moe.expert_bias.mean()
+        bias_E = moe.expert_bias[place]
+        bias_E += step_E
+        bias_E -= bias_E.mean()
 
 
 def solve_bias(
@@ -170,13 +172,15 @@ def solve_bias(
 
 
 @torch.no_grad()
-def rebalance(model: MoETransformer, packs: Iterable[Encoded]) -> None:
-    """Set only the selection biases so that a sample of the traffic loads experts alike.
+def rebalance(model: MoETransformer, task: str, packs: Iterable[Encoded]) -> None:
+    """Set only the selection biases of a task so that a sample of its traffic loads experts alike.
 
     Args:
         model: In evaluation mode; weights stay as they are.
-        packs: The sample, as adapters give it.
+        task: Whose biases.
+        packs: The sample, as its adapter gives it.
     """
+    place = model.place_of(task)
     streams: list[tuple[Tensor, Tensor | None, SpanGroup]] = [
         (pack.tokens_TD, None, pack.spans) for pack in packs
     ]
@@ -187,8 +191,9 @@ def rebalance(model: MoETransformer, packs: Iterable[Encoded]) -> None:
         if isinstance(moe, MoELayer):
             scores_TE = torch.cat([torch.sigmoid(moe.router_logits(x_TD)) for x_TD, _ in inputs])
             counts = (moe.num_chosen, moe.num_groups, moe.chosen_groups)
-            moe.expert_bias.copy_(solve_bias(scores_TE, moe.expert_bias, *counts))
+            bias_E = moe.expert_bias[place]
+            bias_E.copy_(solve_bias(scores_TE, bias_E, *counts))
         streams = [
-            (moe(x_TD)[0], residual_TD, spans)
+            (moe(x_TD, place)[0], residual_TD, spans)
             for (x_TD, residual_TD), (_, _, spans) in zip(inputs, streams, strict=True)
         ]

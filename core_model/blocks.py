@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core_model.config import MoEConfig
-from core_model.moe import DenseLayer, MoELayer, init_weight
+from core_model.moe import DenseLayer, MoELayer, Owner, init_weight, narrowed_in_training
 from core_model.packing import SpanGroup, segment_ids
 from kernels.attention import varlen_attention
 from kernels.norm import add_rmsnorm
@@ -96,12 +96,13 @@ class LowRankAttention(nn.Module):
 
 def mix_spans(qkv_T3Hd: Tensor, groups: Sequence[SpanGroup]) -> Tensor:
     """Return what attention gives inside each span, [T, H, d]."""
-    parts = qkv_T3Hd.split([group.num_tokens for group in groups])
+    (narrow_T3Hd,) = narrowed_in_training(qkv_T3Hd)
+    parts = narrow_T3Hd.split([group.num_tokens for group in groups])
     mixed = [
         varlen_attention(part[:, 0], part[:, 1], part[:, 2], group.cu_spans, group.pattern)
         for part, group in zip(parts, groups, strict=True)
     ]
-    return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+    return (mixed[0] if len(mixed) == 1 else torch.cat(mixed)).to(qkv_T3Hd.dtype)
 
 
 def span_positions(group: SpanGroup) -> Tensor:
@@ -129,16 +130,17 @@ class Block(nn.Module):
 
     Args:
         config: Sizes.
+        num_tasks: How many tasks have selection biases of their own.
         is_dense: Whether its feed-forward has no routed experts.
     """
 
-    def __init__(self, config: MoEConfig, *, is_dense: bool = False) -> None:
+    def __init__(self, config: MoEConfig, num_tasks: int = 1, *, is_dense: bool = False) -> None:
         super().__init__()
         self.eps = config.rms_eps
         self.attention_norm = nn.Parameter(torch.ones(config.d_model))
         self.attention = LowRankAttention(config) if config.is_low_rank else Attention(config)
         self.moe_norm = nn.Parameter(torch.ones(config.d_model))
-        self.moe = DenseLayer(config) if is_dense else MoELayer(config)
+        self.moe = DenseLayer(config) if is_dense else MoELayer(config, num_tasks)
 
     def attend(
         self, branch_TD: Tensor, residual_TD: Tensor | None, groups: Sequence[SpanGroup]
@@ -153,9 +155,10 @@ class Block(nn.Module):
         branch_TD: Tensor,
         residual_TD: Tensor | None,
         groups: Sequence[SpanGroup],
+        owner: Owner = 0,
         num_valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return branch, residual [T, D] and the chosen experts int32 [T, K], if it has any."""
         x_TD, residual_TD = self.attend(branch_TD, residual_TD, groups)
-        branch_TD, experts_TK = self.moe(x_TD, num_valid)
+        branch_TD, experts_TK = self.moe(x_TD, owner, num_valid)
         return branch_TD, residual_TD, experts_TK

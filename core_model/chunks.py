@@ -36,6 +36,7 @@ class LongSequence:
 
     Args:
         model: In evaluation mode.
+        task: Whose sequence it is.
         encoded: The sequence as its adapter gives it: one sequence, one span.
         chunk_tokens: Tokens of a piece.
 
@@ -43,11 +44,14 @@ class LongSequence:
         ValueError: More than one span.
     """
 
-    def __init__(self, model: MoETransformer, encoded: Encoded, chunk_tokens: int) -> None:
+    def __init__(
+        self, model: MoETransformer, task: str, encoded: Encoded, chunk_tokens: int
+    ) -> None:
         if encoded.cu_spans.numel() != 2:
             message = f"expected one span to cut, got {encoded.cu_spans.numel() - 1}"
             raise ValueError(message)
         self._model = model
+        self._owner = model.place_of(task)
         self._branch_TD = encoded.tokens_TD
         num_tokens, config = encoded.tokens_TD.shape[0], model.config
         shape = (num_tokens, 3, config.num_heads, config.d_head)
@@ -110,7 +114,7 @@ class LongSequence:
         x_nD, residual_nD = add_rmsnorm(
             branch_nD, self._residual_TD[chunk], block.moe_norm, block.eps
         )
-        branch_nD, experts_nK = block.moe(x_nD)
+        branch_nD, experts_nK = block.moe(x_nD, self._owner)
         if experts_nK is not None:
             self.experts_LTK[layer - self._model.config.dense_layers, chunk] = experts_nK
         return branch_nD, residual_nD

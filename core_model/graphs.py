@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from core_model.model import MoETransformer
+from core_model.moe import Owner
 from core_model.packing import SpanGroup
 from kernels.attention import AttentionPattern
 
@@ -34,11 +35,13 @@ class Slots:
     Args:
         tokens_WD: Tokens, idle ones behind the step's.
         cu_spans: Span offsets, int32 [W + 1]; the idle tokens are the last span.
+        owner_W: Whose each token is, int32.
         num_valid: How many tokens are the step's, int32 [1].
     """
 
     tokens_WD: Tensor
     cu_spans: Tensor
+    owner_W: Tensor
     num_valid: Tensor
 
     @classmethod
@@ -47,6 +50,7 @@ class Slots:
         return cls(
             like.new_zeros(width, like.shape[1]),
             torch.full((width + 1,), width, dtype=torch.int32, device=like.device),
+            torch.zeros(width, dtype=torch.int32, device=like.device),
             torch.zeros(1, dtype=torch.int32, device=like.device),
         )
 
@@ -55,12 +59,13 @@ class Slots:
         """W."""
         return self.tokens_WD.shape[0]
 
-    def fill(self, tokens_TD: Tensor, cu_spans: Tensor) -> None:
+    def fill(self, tokens_TD: Tensor, cu_spans: Tensor, owner: Owner = 0) -> None:
         """Put a step of at most W tokens in its place."""
         num_tokens, num_offsets = tokens_TD.shape[0], cu_spans.numel()
         self.tokens_WD[:num_tokens] = tokens_TD
         self.cu_spans[:num_offsets] = cu_spans
         self.cu_spans[num_offsets:] = self.width
+        self.owner_W[:num_tokens] = owner
         self.num_valid.fill_(num_tokens)
 
     def group(self, pattern: AttentionPattern) -> SpanGroup:
@@ -108,18 +113,22 @@ class BlockGraphs:
                     outputs = self._run(slots, pattern)
                 self._captured[pattern, slots.width] = _Captured(graph, *outputs)
 
-    def run(self, tokens_TD: Tensor, groups: Sequence[SpanGroup]) -> tuple[Tensor, Tensor]:
+    def run(
+        self, tokens_TD: Tensor, groups: Sequence[SpanGroup], owner: Owner = 0
+    ) -> tuple[Tensor, Tensor]:
         """Return what ``MoETransformer.run_blocks`` returns; valid until the next step."""
         num_tokens, first = tokens_TD.shape[0], groups[0]
         slots = next((each for each in self._slots if each.width >= num_tokens), None)
         if len(groups) > 1 or slots is None or first.cu_spans.numel() > num_tokens + 1:
-            return self._model.run_blocks(tokens_TD, groups)
+            return self._model.run_blocks(tokens_TD, groups, owner)
         captured = self._captured.get((first.pattern, slots.width))
         if captured is None:
-            return self._model.run_blocks(tokens_TD, groups)
-        slots.fill(tokens_TD, first.cu_spans)
+            return self._model.run_blocks(tokens_TD, groups, owner)
+        slots.fill(tokens_TD, first.cu_spans, owner)
         captured.graph.replay()
         return captured.tokens_WD[:num_tokens], captured.experts_LWK[:, :num_tokens]
 
     def _run(self, slots: Slots, pattern: AttentionPattern) -> tuple[Tensor, Tensor]:
-        return self._model.run_blocks(slots.tokens_WD, [slots.group(pattern)], slots.num_valid)
+        owner = slots.owner_W if len(self._model.adapters) > 1 else 0
+        group = slots.group(pattern)
+        return self._model.run_blocks(slots.tokens_WD, [group], owner, slots.num_valid)

@@ -203,7 +203,9 @@ class Training:
             for group in decay_groups(each.parameters, each.weight_decay)
             if group["params"]
         ]
-        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+        self._optimizer = torch.optim.AdamW(
+            groups, betas=(0.9, 0.98), fused=model.final_norm.is_cuda or None
+        )
         peaks = [group["lr"] for group in groups]
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
             self._optimizer, peaks, total_steps=settings.steps, pct_start=0.15
@@ -250,12 +252,19 @@ class Training:
         self._schedule.step()
         done = self._step / settings.steps
         if settings.balance_loss == 0.0:
-            load_LE = expert_load(step.experts_LTK, model.config.num_experts, weights_T)
-            move_bias(model, load_LE, settings.bias_rate * (1.0 - done))
+            self._balance(step, weights_T, settings.bias_rate * (1.0 - done))
         is_last = self._step == settings.steps - 1
         if is_last or self._step >= settings.average_from * settings.steps:
             self._average.update()
         return losses
+
+    def _balance(self, step: Step, weights_T: Tensor, rate: float) -> None:
+        """Move the selection biases of each task by the load of its own tokens."""
+        sizes = [piece.shape[0] for piece in step.pieces.values()]
+        parts = zip(step.experts_LTK.split(sizes, dim=1), weights_T.split(sizes), strict=True)
+        for task, (experts_LTK, own_T) in zip(step.pieces, parts, strict=True):
+            load_LE = expert_load(experts_LTK, self._model.config.num_experts, own_T)
+            move_bias(self._model, task, load_LE, rate)
 
     def save(self, path: Path) -> None:
         """Write the state; it appears whole or not at all."""

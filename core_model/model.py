@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from core_model.blocks import Block
 from core_model.config import MoEConfig
-from core_model.moe import MoELayer
+from core_model.moe import MoELayer, Owner
 from core_model.packing import Encoded, RaggedBatch, SpanGroup, concat_cu_seqlens, merge_groups
 from core_model.tasks import TaskSpec, registered_tasks
 from kernels.attention import FULL, AttentionPattern
@@ -53,7 +53,9 @@ class Step(NamedTuple):
 class BlockRunner(Protocol):
     """Another way to run the blocks, such as captured graphs."""
 
-    def run(self, tokens_TD: Tensor, groups: Sequence[SpanGroup]) -> tuple[Tensor, Tensor]:
+    def run(
+        self, tokens_TD: Tensor, groups: Sequence[SpanGroup], owner: Owner
+    ) -> tuple[Tensor, Tensor]:
         """Return what ``MoETransformer.run_blocks`` returns."""
         ...
 
@@ -76,7 +78,7 @@ class MoETransformer(nn.Module):
         self.config = config
         self.adapters = nn.ModuleDict({t: registry[t].build_adapter(config) for t in tasks})
         self.blocks = nn.ModuleList(
-            Block(config, is_dense=layer < config.dense_layers)
+            Block(config, max(1, len(tasks)), is_dense=layer < config.dense_layers)
             for layer in range(config.num_layers)
         )
         self.final_norm = nn.Parameter(torch.ones(config.d_model))
@@ -93,6 +95,10 @@ class MoETransformer(nn.Module):
     def patterns(self) -> frozenset[AttentionPattern]:
         """The attention patterns of its tasks; an adapter that names none has full attention."""
         return frozenset(getattr(adapter, "pattern", FULL) for adapter in self.adapters.values())
+
+    def place_of(self, task: str) -> int:
+        """Return which of the selection biases are the task's."""
+        return list(self.adapters).index(task)
 
     def narrow_blocks(self, dtype: torch.dtype) -> Self:
         """Convert the shared blocks, for a GPU; routers, adapters and heads stay float32."""
@@ -114,38 +120,66 @@ class MoETransformer(nn.Module):
         encoded: dict[str, Encoded] = {
             task: self.adapters[task](batch) for task, batch in batches.items()
         }
-        pieces, experts_LTK = self.run_encoded(list(encoded.values()))
+        pieces, experts_LTK = self.run_encoded(list(encoded.items()))
         cu_tokens = concat_cu_seqlens([part.cu_tokens for part in encoded.values()])
         return Step(dict(zip(encoded, pieces, strict=True)), encoded, experts_LTK, cu_tokens)
 
-    def run_encoded(self, parts: Sequence[Encoded]) -> tuple[Sequence[Tensor], Tensor]:
+    def run_encoded(self, parts: Sequence[tuple[str, Encoded]]) -> tuple[Sequence[Tensor], Tensor]:
         """Run what adapters made through the blocks in one call.
+
+        Args:
+            parts: Each with its task.
 
         Returns:
             The tokens of each part, and the chosen experts of all, int32 [L, T, K].
         """
         run = self.run_blocks if self.graphs is None else self.graphs.run
+        encoded = [part for _, part in parts]
         tokens_TD, experts_LTK = run(
-            torch.cat([part.tokens_TD for part in parts]).to(self.final_norm.dtype),
-            merge_groups([part.spans for part in parts]),
+            torch.cat([part.tokens_TD for part in encoded]).to(self.final_norm.dtype),
+            merge_groups([part.spans for part in encoded]),
+            self._owner_of(parts),
         )
-        tokens_TD = tokens_TD.to(parts[0].tokens_TD.dtype)
-        return tokens_TD.split([part.tokens_TD.shape[0] for part in parts]), experts_LTK
+        tokens_TD = tokens_TD.to(encoded[0].tokens_TD.dtype)
+        return tokens_TD.split([part.tokens_TD.shape[0] for part in encoded]), experts_LTK
+
+    def _owner_of(self, parts: Sequence[tuple[str, Encoded]]) -> Owner:
+        """Return whose the tokens of these parts are."""
+        places = [self.place_of(task) for task, _ in parts]
+        if len(set(places)) == 1:
+            return places[0]
+        owner_T = torch.empty(
+            sum(part.tokens_TD.shape[0] for _, part in parts),
+            dtype=torch.int32,
+            device=self.final_norm.device,
+        )
+        end = 0
+        for place, (_, part) in zip(places, parts, strict=True):
+            start, end = end, end + part.tokens_TD.shape[0]
+            owner_T[start:end] = place
+        return owner_T
 
     def run_blocks(
         self,
         tokens_TD: Tensor,
         groups: Sequence[SpanGroup],
+        owner: Owner = 0,
         num_valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return normalised tokens [T, D] and the chosen experts int32 [L, T, K].
 
-        Tokens from ``num_valid`` (int32 [1]) on are idle: no expert works for them.
+        Args:
+            tokens_TD: As adapters make them.
+            groups: Their spans.
+            owner: Whose they are: a task by its place, or that of each token, int32 [T].
+            num_valid: Tokens from there on (int32 [1]) are idle: no expert works for them.
         """
         branch_TD, residual_TD = tokens_TD, None
         chosen = []
         for block in self.blocks:
-            branch_TD, residual_TD, experts_TK = block(branch_TD, residual_TD, groups, num_valid)
+            branch_TD, residual_TD, experts_TK = block(
+                branch_TD, residual_TD, groups, owner, num_valid
+            )
             if experts_TK is not None:
                 chosen.append(experts_TK)
         normed_TD, _ = add_rmsnorm(branch_TD, residual_TD, self.final_norm, self.config.rms_eps)

@@ -41,12 +41,16 @@ class PiecedSequence:
     """One sequence on its way.
 
     Args:
-        adapter: Of its task.
-        head: Of its task.
+        task: Its task.
+        adapter: Of that task.
+        head: Likewise.
         batch: The sequence.
     """
 
-    def __init__(self, adapter: PiecedAdapter, head: PiecedHead, batch: RaggedBatch) -> None:
+    def __init__(
+        self, task: str, adapter: PiecedAdapter, head: PiecedHead, batch: RaggedBatch
+    ) -> None:
+        self.task = task
         self._encoding = adapter.in_pieces(batch)
         self._head = head
         self._answering: Generator[None, None, tuple[Tensor, Tensor]] | None = None

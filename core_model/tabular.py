@@ -86,12 +86,14 @@ def pool_segments(
     """
     num_segments, width = queries_SP.shape
     d_head = width // num_heads
-    per_head = (keys_RP * queries_SP[segments_R]).view(-1, num_heads, d_head).sum(-1)
+    per_head = (
+        (keys_RP * queries_SP.index_select(0, segments_R)).view(-1, num_heads, d_head).sum(-1)
+    )
     scores_RH = per_head * d_head**-0.5
     index_RH = segments_R.unsqueeze(1).expand_as(scores_RH)
     peak_SH = scores_RH.new_zeros(num_segments, num_heads)
     peak_SH = peak_SH.scatter_reduce(0, index_RH, scores_RH.detach(), "amax")
-    weights_RH = torch.exp(scores_RH - peak_SH[segments_R])
+    weights_RH = torch.exp(scores_RH - peak_SH.index_select(0, segments_R))
     total_SH = torch.exp(-peak_SH).index_add(0, segments_R, weights_RH)
     weighted = values_RP.view(-1, num_heads, d_head) * weights_RH.unsqueeze(-1)
     pooled = weighted.new_zeros(num_segments, num_heads, d_head).index_add(0, segments_R, weighted)

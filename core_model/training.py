@@ -183,7 +183,7 @@ def rebalance_task(model: MoETransformer, task: str, traffic: RaggedBatch) -> No
     No label is needed.
     """
     model.eval()
-    rebalance(model, [model.adapters[task](part) for part in in_parts(traffic)])
+    rebalance(model, task, [model.adapters[task](part) for part in in_parts(traffic)])
 
 
 @torch.no_grad()

@@ -267,7 +267,7 @@ def scale_hu(hu_RV: Tensor) -> Tensor:
 
 def rows_of(map_: Tensor, spot_P: Tensor) -> Tensor:
     """Return the channels of a map with one cell per patch at the given patches, [P, C]."""
-    return map_.permute(0, 2, 3, 4, 1).flatten(0, 3)[spot_P]
+    return map_.permute(0, 2, 3, 4, 1).flatten(0, 3).index_select(0, spot_P)
 
 
 def _per_window(is_window_R: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 from kernels.dispatch import FLOATS, Impl, check, compute_dtype, needs_grad, select_impl
 
@@ -137,14 +139,22 @@ def attention_reference(
 def _attention_torch(
     q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, cu_seqlens: Tensor, pattern: AttentionPattern
 ) -> Tensor:
-    """Sequences of equal length as one batch: no padding, one product per length."""
+    """Sequences of equal length as one batch: no padding, one product per length.
+
+    Where torch's own flash kernel takes them as they are, which it does in training on a GPU,
+    all lengths are one call.
+    """
+    in_training = needs_grad(q_THd, k_THd, v_THd)
+    if q_THd.is_cuda and in_training and pattern.window is None and q_THd.element_size() == 2:
+        longest = int(cu_seqlens.diff().max())
+        mixed = varlen_attn(q_THd, k_THd, v_THd, cu_seqlens, cu_seqlens, longest, longest)
+        return cast("Tensor", mixed)
     groups = _groups(cu_seqlens)
     with sdpa_kernel(BACKENDS):
         if [n * len(starts) for n, starts in groups.items()] == [q_THd.shape[0]]:
             (n,) = groups
             q, k, v = (x.view(-1, n, *x.shape[1:]) for x in (q_THd, k_THd, v_THd))
             return _equal_lengths(q, k, v, pattern).reshape(q_THd.shape).contiguous()
-        in_training = needs_grad(q_THd, k_THd, v_THd)
         if q_THd.is_cuda and in_training and q_THd.shape[0] <= LAUNCH_QUERIES:
             return _masked(q_THd, k_THd, v_THd, cu_seqlens, pattern)
         return _by_length(q_THd, k_THd, v_THd, groups, pattern)

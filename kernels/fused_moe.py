@@ -47,8 +47,8 @@ def fused_moe(
         impl: Form to run; on CUDA "auto" is Triton with gradients too.
 
     Returns:
-        [T, D], dtype of ``x_TD``, differentiable in all but the order.  Products and the sum over choices are accumulated in float32;
-        the hidden row and each expert's output are rounded to the dtype of ``x_TD`` (not in the
+        [T, D], dtype of ``x_TD``, differentiable in all but the order.  Products and the sum over
+        choices are accumulated in float32; the hidden row and each expert's output are rounded to the dtype of ``x_TD`` (not in the
         reference).  A run with the same inputs gives the same bits.
 
     Raises:

@@ -1,9 +1,8 @@
 """Which experts each token goes to, and in which order the experts see the rows.
 
-One call gives everything behind it: gate weights for ``combine``, the row order for
-``permute``, the tile map for ``grouped_ffn`` and the load of each expert; on a GPU it is one
-launch.  ``route_tokens`` begins with the router's product, ``route_and_balance`` ends with the
-step of the selection bias.
+One call gives everything that ``fused_moe`` needs: gate weights, the order of the rows, the
+tile map, and the load of each expert; on a GPU it is one launch.  ``route_tokens`` begins with
+the router's product, ``route_and_balance`` ends with the step of the selection bias.
 
     bytes   4 T E logits (with the product 2 T D + 4 E D), 16 T K choices, 12 E, 8 M
     FLOPs   2 T D E with the product, else none on matrix units: K passes over T E keys
@@ -12,7 +11,7 @@ Covered: sigmoid scores, selection bias, top-k, groups of experts, no dropped to
 covered: capacity.  Every form gives the same bits each time it is run on the same inputs.
 
 Legend: T tokens, D model, E experts, K chosen experts, R routed rows (T * K), M tiles, G groups
-of N experts, C chosen groups.
+of N experts, C chosen groups, O owners of tokens.
 """
 
 from typing import NamedTuple, cast
@@ -83,6 +82,7 @@ def route(
     num_groups: int = 1,
     chosen_groups: int = 1,
     block_rows: int = 64,
+    owner_T: Tensor | None = None,
     num_valid: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Routing:
@@ -99,11 +99,13 @@ def route(
 
     Args:
         logits_TE: Router outputs, float32, contiguous.
-        bias_E: Selection bias, float32; it moves the choice, never the weights.
+        bias_E: Selection bias, float32; it moves the choice, never the weights.  With owners,
+            a bias for each of them, [O, E].
         num_chosen: K, from 1 to E.
         num_groups: G, cuts the experts into runs of equal length, from 2 unless it is 1.
         chosen_groups: C, from 1 to G; they hold at least K experts.
         block_rows: Most rows of a tile, a power of two from 16.
+        owner_T: Whose bias each token takes, int32, from 0 to O - 1, contiguous.
         num_valid: How many leading tokens are somebody's, int32 [1]; the others (of a captured
             graph that is wider than the step) take no row and weigh 0.  None = all.
         impl: Form to run.
@@ -120,14 +122,16 @@ def route(
     """
     counts = _Counts(num_chosen, num_groups, chosen_groups, block_rows)
     check("logits_TE", logits_TE, (None, None), torch.float32)
-    _check(logits_TE.shape[1], bias_E, counts, num_valid)
+    by = _By(bias_E, owner_T, num_valid)
+    _check(len(logits_TE), logits_TE.shape[1], by, counts)
     form = select_impl(impl, logits_TE, bias_E)
     if form == "triton":
         from kernels._triton.routing import launch  # noqa: PLC0415 - Triton is optional
 
         groups = (num_groups, chosen_groups)
-        return launch(logits_TE, bias_E, num_chosen, block_rows, num_valid, groups)[0]
-    return _route(logits_TE, bias_E, counts, num_valid, form)
+        given = (logits_TE, bias_E, num_chosen, block_rows, num_valid, groups)
+        return launch(*given, owner_T=owner_T)[0]
+    return _route(logits_TE, by, counts, form)
 
 
 def route_tokens(
@@ -139,6 +143,7 @@ def route_tokens(
     num_groups: int = 1,
     chosen_groups: int = 1,
     block_rows: int = 64,
+    owner_T: Tensor | None = None,
     num_valid: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Routing:
@@ -152,6 +157,7 @@ def route_tokens(
         num_groups: G.
         chosen_groups: C.
         block_rows: Most rows of a tile.
+        owner_T: Whose bias each token takes.
         num_valid: How many leading tokens are somebody's.
         impl: Form to run.
 
@@ -164,18 +170,19 @@ def route_tokens(
     counts = _Counts(num_chosen, num_groups, chosen_groups, block_rows)
     check("x_TD", x_TD, (None, None), FLOATS)
     check("router_ED", router_ED, (None, x_TD.shape[1]), FLOATS)
-    _check(router_ED.shape[0], bias_E, counts, num_valid)
+    by = _By(bias_E, owner_T, num_valid)
+    _check(len(x_TD), len(router_ED), by, counts)
     form = select_impl(impl, x_TD, router_ED, bias_E)
     if form == "triton":
         from kernels._triton.routing import launch  # noqa: PLC0415 - Triton is optional
 
-        groups = (num_groups, chosen_groups)
+        given = (bias_E, num_chosen, block_rows, num_valid, (num_groups, chosen_groups))
         if fits_one_launch(router_ED):
-            return launch(x_TD, bias_E, num_chosen, block_rows, num_valid, groups, router_ED)[0]
+            return launch(x_TD, *given, router_ED, owner_T=owner_T)[0]
         logits_TE = functional.linear(x_TD.float(), router_ED.float())
-        return launch(logits_TE, bias_E, num_chosen, block_rows, num_valid, groups)[0]
+        return launch(logits_TE, *given, owner_T=owner_T)[0]
     logits_TE = functional.linear(x_TD.float(), router_ED.float())
-    return _route(logits_TE, bias_E, counts, num_valid, form)
+    return _route(logits_TE, by, counts, form)
 
 
 def fits_one_launch(router_ED: Tensor) -> bool:
@@ -220,7 +227,8 @@ def route_and_balance(
     """
     counts = _Counts(num_chosen, num_groups, chosen_groups, block_rows)
     check("logits_TE", logits_TE, (None, None), torch.float32)
-    _check(logits_TE.shape[1], bias_E, counts, num_valid)
+    by = _By(bias_E, None, num_valid)
+    _check(len(logits_TE), logits_TE.shape[1], by, counts)
     form = select_impl(impl, logits_TE, bias_E)
     if form == "triton":
         from kernels._triton.routing import launch  # noqa: PLC0415 - Triton is optional
@@ -229,7 +237,7 @@ def route_and_balance(
         given = (logits_TE, bias_E, num_chosen, block_rows, num_valid, groups)
         routing, balance = launch(*given, bias_rate=bias_rate)
         return routing, cast("Balance", balance)
-    routing = _route(logits_TE, bias_E, counts, num_valid, form)
+    routing = _route(logits_TE, by, counts, form)
     return routing, _balance(routing.load_E, bias_E.detach(), bias_rate)
 
 
@@ -242,23 +250,39 @@ class _Counts(NamedTuple):
     block_rows: int
 
 
-def _check(num_experts: int, bias_E: Tensor, counts: _Counts, num_valid: Tensor | None) -> None:
-    check("bias_E", bias_E, (num_experts,), torch.float32)
+class _By(NamedTuple):
+    """What moves the choice, and which tokens choose."""
+
+    bias_E: Tensor
+    owner_T: Tensor | None
+    num_valid: Tensor | None
+
+    def bias(self) -> Tensor:
+        """Return the bias of all tokens [E], or of each [T, E]."""
+        bias_E = self.bias_E.detach()
+        return bias_E if self.owner_T is None else bias_E[self.owner_T.long()]
+
+
+def _check(num_tokens: int, num_experts: int, by: _By, counts: _Counts) -> None:
+    if by.owner_T is None:
+        check("bias_E", by.bias_E, (num_experts,), torch.float32)
+    else:
+        check("bias_E", by.bias_E, (None, num_experts), torch.float32)
+        check("owner_T", by.owner_T, (num_tokens,), torch.int32)
     _check_counts(num_experts, counts.chosen, counts.num_groups, counts.chosen_groups)
     if counts.block_rows < 16 or counts.block_rows & (counts.block_rows - 1):
         message = f"block_rows: expected a power of two from 16, got {counts.block_rows}"
         raise ValueError(message)
-    if num_valid is not None:
-        check("num_valid", num_valid, (1,), torch.int32)
+    if by.num_valid is not None:
+        check("num_valid", by.num_valid, (1,), torch.int32)
 
 
-def _route(
-    logits_TE: Tensor, bias_E: Tensor, counts: _Counts, num_valid: Tensor | None, form: Form
-) -> Routing:
+def _route(logits_TE: Tensor, by: _By, counts: _Counts, form: Form) -> Routing:
     choose = choose_reference if form == "reference" else _choose_torch
-    experts_TK = choose(logits_TE.detach(), bias_E.detach(), *counts[:3])
+    experts_TK = choose(logits_TE.detach(), by.bias(), *counts[:3])
     # softmax of log-sigmoids = sigmoids over their sum, without 0 / 0
     weights_TK = functional.logsigmoid(logits_TE.gather(1, experts_TK)).softmax(dim=1)
+    num_valid = by.num_valid
     if num_valid is None:
         return _lay_out(weights_TK, experts_TK, logits_TE.shape[1], counts.block_rows)
     idle_T1 = (torch.arange(len(logits_TE), device=logits_TE.device) >= num_valid).unsqueeze(1)
@@ -297,10 +321,10 @@ def _check_counts(num_experts: int, num_chosen: int, num_groups: int, chosen_gro
 
 
 def choose_reference(
-    logits_TE: Tensor, bias_E: Tensor, num_chosen: int, num_groups: int = 1, chosen_groups: int = 1
+    logits_TE: Tensor, bias: Tensor, num_chosen: int, num_groups: int = 1, chosen_groups: int = 1
 ) -> Tensor:
-    """The selection, int64 [T, K]."""
-    keys_TE = (logits_TE.sigmoid() + bias_E).nan_to_num(LOWEST, neginf=LOWEST)
+    """The selection, int64 [T, K]; one bias for all tokens [E] or one for each [T, E]."""
+    keys_TE = (logits_TE.sigmoid() + bias).nan_to_num(LOWEST, neginf=LOWEST)
     if chosen_groups < num_groups:
         keys_TGN = keys_TE.unflatten(1, (num_groups, -1))
         ordered_TGN = keys_TGN.sort(dim=2, descending=True).values
@@ -313,9 +337,9 @@ def choose_reference(
 
 
 def _choose_torch(
-    logits_TE: Tensor, bias_E: Tensor, num_chosen: int, num_groups: int, chosen_groups: int
+    logits_TE: Tensor, bias: Tensor, num_chosen: int, num_groups: int, chosen_groups: int
 ) -> Tensor:
-    keys_TE = (logits_TE.sigmoid() + bias_E).nan_to_num(LOWEST, neginf=LOWEST)
+    keys_TE = (logits_TE.sigmoid() + bias).nan_to_num(LOWEST, neginf=LOWEST)
     return _largest(open_groups(keys_TE, num_groups, chosen_groups), num_chosen)
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cluster.workers import WorkerGroup
 
 INTERRUPTED = 130
-MODEL = "imaging"  # that a local platform serves
+MODEL = "shared"  # that a local platform serves
 DRAIN_MARGIN_S = 10.0  # workers end by themselves within ``drain_s``
 
 

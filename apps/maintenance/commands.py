@@ -78,7 +78,7 @@ def _add_distill(commands: Subparsers) -> None:
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        default=Path("models/forecast"),
+        default=Path("models/shared"),
         metavar="DIR",
         help="as train writes it",
     )
@@ -106,7 +106,7 @@ def _add_forecast(commands: Subparsers) -> None:
     parser.add_argument(
         "--model",
         type=Path,
-        default=Path("models/forecast"),
+        default=Path("models/shared"),
         metavar="DIR",
         help="folder of the weights that it serves, with forecast.json",
     )

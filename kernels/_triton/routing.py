@@ -120,6 +120,7 @@ def _choose(
     scores_ptr: tl.tensor,
     router_ptr: tl.tensor,
     bias_ptr: tl.tensor,
+    owner_ptr: tl.tensor,
     weights_ptr: tl.tensor,
     experts_ptr: tl.tensor,
     rows_ptr: tl.tensor,
@@ -127,6 +128,7 @@ def _choose(
     first: tl.tensor,
     last: tl.tensor,
     num_valid: tl.tensor,
+    HAS_OWNER: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
     G: tl.constexpr,
@@ -142,7 +144,6 @@ def _choose(
     column_E = tl.arange(0, BLOCK_E)
     expert_E = column_E // BLOCK_N * (E // G) + column_E % BLOCK_N
     real_E = (column_E < G * BLOCK_N) & (column_E % BLOCK_N < E // G)
-    bias_E = tl.load(bias_ptr + expert_E, mask=real_E, other=0.0)
     count_E = tl.zeros((BLOCK_E,), tl.int32)
     for start in range(first, last, BLOCK_T):
         token_T = start + tl.arange(0, BLOCK_T)
@@ -152,7 +153,13 @@ def _choose(
         else:
             offset_TE = token_T.to(tl.int64)[:, None] * E + expert_E[None, :]
             logit_TE = tl.load(scores_ptr + offset_TE, mask=inside_TE, other=0.0)
-        key_TE = tl.sigmoid(logit_TE) + bias_E[None, :]
+        if HAS_OWNER:
+            owner_T = tl.load(owner_ptr + token_T, mask=token_T < last, other=0)
+            offset_TE = owner_T[:, None] * E + expert_E[None, :]
+            bias_TE = tl.load(bias_ptr + offset_TE, mask=inside_TE, other=0.0)
+        else:
+            bias_TE = tl.load(bias_ptr + expert_E, mask=real_E, other=0.0)[None, :]
+        key_TE = tl.sigmoid(logit_TE) + bias_TE
         key_TE = tl.where(key_TE >= LOWEST_KEY, key_TE, LOWEST_KEY)  # NaN compares false
         key_TE = tl.where(real_E[None, :], key_TE, -float("inf"))
         if C < G:
@@ -224,6 +231,7 @@ def _route_kernel(
     scores_ptr: tl.tensor,  # tokens [T, D] with a router, else logits [T, E]
     router_ptr: tl.tensor,
     bias_ptr: tl.tensor,
+    owner_ptr: tl.tensor,
     valid_ptr: tl.tensor,
     weights_ptr: tl.tensor,
     experts_ptr: tl.tensor,
@@ -245,6 +253,7 @@ def _route_kernel(
     bias_rate: tl.tensor,
     CHOOSES: tl.constexpr,
     LAYS_OUT: tl.constexpr,
+    HAS_OWNER: tl.constexpr,
     HAS_VALID: tl.constexpr,
     HAS_BALANCE: tl.constexpr,
     E: tl.constexpr,
@@ -271,6 +280,7 @@ def _route_kernel(
             scores_ptr,
             router_ptr,
             bias_ptr,
+            owner_ptr,
             weights_ptr,
             experts_ptr,
             rows_ptr,
@@ -278,6 +288,7 @@ def _route_kernel(
             first,
             last,
             num_valid,
+            HAS_OWNER,
             E,
             K,
             G,
@@ -385,13 +396,14 @@ def launch(
     groups: tuple[int, int] = (1, 1),
     router_ED: Tensor | None = None,
     bias_rate: float | None = None,
+    owner_T: Tensor | None = None,
 ) -> tuple[Routing, Balance | None]:
     """Run the kernel on checked inputs; with no tokens one program still writes the map.
 
     ``scores`` are logits [T, E], or with a router the tokens [T, D].  ``groups`` are their number
     and how many are chosen.
     """
-    num_tokens, num_experts, device = scores.shape[0], bias_E.numel(), scores.device
+    num_tokens, num_experts, device = scores.shape[0], bias_E.shape[-1], scores.device
     num_groups, chosen_groups = groups if groups[1] < groups[0] else (1, 1)
     block_g = triton.next_power_of_2(num_groups)
     block_n = triton.next_power_of_2(num_experts // num_groups)
@@ -414,6 +426,7 @@ def launch(
             scores,
             unused if router_ED is None else router_ED,
             bias_E,
+            out.load_E if owner_T is None else owner_T,  # not read if there is none
             out.load_E if num_valid is None else num_valid,
             *out[:-1],
             unused if balance is None else balance.violation_1,
@@ -428,6 +441,7 @@ def launch(
             bias_rate or 0.0,
             CHOOSES=chooses,
             LAYS_OUT=lays_out,
+            HAS_OWNER=owner_T is not None,
             HAS_VALID=num_valid is not None,
             HAS_BALANCE=balance is not None,
             E=num_experts,

@@ -74,4 +74,4 @@ def test_without_trees_neither_lesson_hears_of_them(lessons: list[Lesson], tmp_p
     adapter = model.adapters["fraud"]
     assert isinstance(adapter, TabularAdapter)
     assert adapter.ensemble.leaf_SL.shape[0] == 0
-    assert not forecast.without_trees().test_tree.any()
+    assert not forecast.without_trees().test.tree.any()

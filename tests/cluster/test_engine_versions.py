@@ -172,3 +172,16 @@ def test_versions_that_no_alias_names_are_let_go(load_tiny: Load, make_request: 
             await engine.infer(make_request(model_version="tiny-1"))
 
     serve(load_tiny(), use)
+
+
+def test_a_request_keeps_the_version_that_is_let_go_before_its_answer_begins(
+    load_tiny: Load, make_request: Make
+) -> None:
+    async def use(engine: Engine) -> None:
+        load = loader(load_tiny)
+        await engine.follow(Aliases("tiny-2", previous="tiny-1"), load)
+        asked = asyncio.create_task(engine.infer(make_request()))
+        await asyncio.create_task(engine.follow(Aliases("tiny-1"), load))  # begins after it
+        assert (await asked).model_version == "tiny-2"
+
+    serve(load_tiny(), use)

@@ -33,13 +33,14 @@ def test_utilisation_is_mean_over_maximum() -> None:
     torch.testing.assert_close(utilisation(load_LE), torch.tensor([1.0, 2 / 3, 0.5]))
 
 
-def test_a_step_moves_the_bias_against_the_load(model: MoETransformer) -> None:
-    layer = model.moe_layers[1]
-    before_E = layer.expert_bias.clone()
+def test_a_step_moves_the_bias_of_a_task_against_its_load(model: MoETransformer) -> None:
+    layer, (*_, task) = model.moe_layers[1], model.adapters
+    before_OE = layer.expert_bias.clone()
     load_LE = torch.tensor([[5.0, 5, 5, 5], [20.0, 0, 0, 0]])
-    move_bias(model, load_LE, 0.1)
-    moved_E = layer.expert_bias - before_E
-    torch.testing.assert_close(moved_E, torch.tensor([-0.15, 0.05, 0.05, 0.05]))
+    move_bias(model, task, load_LE, 0.1)
+    moved_OE = layer.expert_bias - before_OE
+    torch.testing.assert_close(moved_OE[-1], torch.tensor([-0.15, 0.05, 0.05, 0.05]))
+    assert not moved_OE[:-1].any()
 
 
 def test_solved_biases_level_skewed_scores() -> None:

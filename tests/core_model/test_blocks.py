@@ -167,11 +167,12 @@ def test_the_scale_multiplies_what_the_routed_experts_give(model: MoETransformer
 
 @pytest.mark.parametrize("pattern", [FULL, AttentionPattern(window=8, num_global=2)], ids=str)
 @torch.inference_mode()
-def test_chunks_give_what_the_whole_gives(model: MoETransformer, pattern: AttentionPattern) -> None:
+def test_chunks_give_what_the_whole_gives(pattern: AttentionPattern) -> None:
+    model = MoETransformer(TINY, ["fraud"]).eval()
     whole = spans(50, pattern=pattern)
     encoded = Encoded(draw(50), whole.cu_spans, whole.cu_spans, {}, pattern)
     expected_TD, experts_LTK = model.run_blocks(encoded.tokens_TD, [whole])
-    long = LongSequence(model, encoded, 16)
+    long = LongSequence(model, "fraud", encoded, 16)
     while not long.is_done:
         long.advance()
     torch.testing.assert_close(long.tokens_TD, expected_TD, atol=2e-5, rtol=1e-4)
@@ -184,7 +185,7 @@ def test_idle_tokens_change_nothing(model: MoETransformer) -> None:
     slots = Slots.of(32, tokens_TD)
     slots.tokens_WD.fill_(7.0)
     slots.fill(tokens_TD, group.cu_spans)
-    wide_WD, _ = model.run_blocks(slots.tokens_WD, [slots.group(FULL)], slots.num_valid)
+    wide_WD, _ = model.run_blocks(slots.tokens_WD, [slots.group(FULL)], 0, slots.num_valid)
     alone_TD, _ = model.run_blocks(tokens_TD, [group])
     torch.testing.assert_close(wide_WD[: group.num_tokens], alone_TD, atol=2e-5, rtol=1e-4)
 
@@ -201,15 +202,16 @@ def test_a_checkpoint_brings_it_back(model: MoETransformer, tmp_path: Path) -> N
 
 
 @torch.inference_mode()
-def test_rebalancing_levels_experts_in_groups(model: MoETransformer) -> None:
+def test_rebalancing_levels_experts_in_groups() -> None:
+    model = MoETransformer(TINY, ["fraud"]).eval()
     for layer in model.moe_layers:
-        layer.expert_bias[0] += 1.0
-    tokens_TD, group = draw(1500), spans(*[3] * 500)
+        layer.expert_bias[:, 0] += 1.0
+    tokens_TD, group, task = draw(1500), spans(*[3] * 500), "fraud"
 
     def level() -> float:
         _, experts_LTK = model.run_blocks(tokens_TD, [group])
         return float(utilisation(expert_load(experts_LTK, TINY.num_experts)).min())
 
     assert level() < 0.5
-    rebalance(model, [Encoded(tokens_TD, group.cu_spans, group.cu_spans, {})])
+    rebalance(model, task, [Encoded(tokens_TD, group.cu_spans, group.cu_spans, {})])
     assert level() > 0.95

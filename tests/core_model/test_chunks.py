@@ -35,7 +35,7 @@ def test_chunks_give_what_the_whole_gives(
 ) -> None:
     encoded = encode(num_tokens, pattern)
     expected_TD, experts_LTK = model.run_blocks(encoded.tokens_TD, [encoded.spans])
-    long = LongSequence(model, encoded, chunk)
+    long = LongSequence(model, "fraud", encoded, chunk)
     count = 0
     while not long.is_done:
         long.advance()
@@ -64,4 +64,4 @@ def test_several_spans_are_refused(model: MoETransformer) -> None:
     encoded = encode(6, FULL)
     two = Encoded(encoded.tokens_TD, encoded.cu_tokens, torch.tensor([0, 2, 6]).int(), {}, FULL)
     with pytest.raises(ValueError, match="one span to cut, got 2"):
-        LongSequence(model, two, 4)
+        LongSequence(model, "fraud", two, 4)

@@ -23,14 +23,19 @@ def step(num_spans: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tenso
 @torch.inference_mode()
 def test_idle_tokens_change_nothing(num_spans: int) -> None:
     torch.manual_seed(0)
-    model = MoETransformer(PRESETS["base"], ["fraud"]).eval()
+    model = MoETransformer(PRESETS["base"], ["fraud", "rul"]).eval()
+    model.moe_layers[0].expert_bias[:] = torch.randn(2, model.config.num_experts)
     tokens_TD, cu_spans = step(num_spans)
+    owner_T = torch.arange(len(tokens_TD), dtype=torch.int32) % 2
     slots = Slots.of(64, tokens_TD)
     slots.tokens_WD.fill_(7.0)  # left from another step
-    slots.fill(tokens_TD, cu_spans)
+    slots.fill(tokens_TD, cu_spans, owner_T)
     num_tokens = tokens_TD.shape[0]
-    wide_WD, experts_LWK = model.run_blocks(slots.tokens_WD, [slots.group(FULL)], slots.num_valid)
-    alone_TD, experts_LTK = model.run_blocks(tokens_TD, [SpanGroup(num_tokens, cu_spans, FULL)])
+    wide_WD, experts_LWK = model.run_blocks(
+        slots.tokens_WD, [slots.group(FULL)], slots.owner_W, slots.num_valid
+    )
+    group = SpanGroup(num_tokens, cu_spans, FULL)
+    alone_TD, experts_LTK = model.run_blocks(tokens_TD, [group], owner_T)
     torch.testing.assert_close(wide_WD[:num_tokens], alone_TD, rtol=1e-4, atol=1e-5)
     assert torch.equal(experts_LWK[:, :num_tokens], experts_LTK)
     assert torch.isfinite(wide_WD).all()
@@ -79,15 +84,17 @@ def test_replays_equal_the_eager_blocks_and_what_does_not_fit_runs_eagerly(
     pattern: AttentionPattern, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    model = MoETransformer(PRESETS["base"], ["fraud"]).eval().cuda()
+    model = MoETransformer(PRESETS["base"], ["fraud", "rul"]).eval().cuda()
+    model.moe_layers[0].expert_bias[:] = torch.randn(2, model.config.num_experts)
     monkeypatch.setattr(model.adapters["fraud"], "pattern", pattern, raising=False)
     graphs = BlockGraphs(model)
     graphs.capture()
     for num_spans in (1, 42, 43, 333, 1000, BUCKETS[-1]):
         tokens_TD, cu_spans = step(num_spans, "cuda")
         groups = [SpanGroup(tokens_TD.shape[0], cu_spans, pattern)]
-        got_TD, got_LTK = graphs.run(tokens_TD, groups)
-        want_TD, want_LTK = model.run_blocks(tokens_TD, groups)
+        owner_T = torch.arange(len(tokens_TD), dtype=torch.int32, device="cuda") % 2
+        got_TD, got_LTK = graphs.run(tokens_TD, groups, owner_T)
+        want_TD, want_LTK = model.run_blocks(tokens_TD, groups, owner_T)
         torch.testing.assert_close(got_TD, want_TD, rtol=1e-3, atol=1e-4)
         assert (got_LTK != want_LTK).float().mean() < 1e-3  # near ties may flip
     tokens_TD, cu_spans = step(43, "cuda")

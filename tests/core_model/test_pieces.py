@@ -52,7 +52,7 @@ def begin(model: MoETransformer, batch: RaggedBatch) -> PiecedSequence:
     adapter, head = model.adapters["organs"], model.heads["organs"]
     assert isinstance(adapter, VolumeAdapter)
     assert isinstance(head, VoxelHead)
-    sequence = PiecedSequence(adapter, head, batch)
+    sequence = PiecedSequence("organs", adapter, head, batch)
     while not sequence.is_before_blocks:
         sequence.advance()
     return sequence
@@ -80,9 +80,9 @@ def test_the_task_says_into_how_many_pieces_and_slabs_are_whole() -> None:
 def test_windows_that_pass_the_blocks_together_answer_as_each_whole(model: MoETransformer) -> None:
     batches = [window(1, kept=12), window(2, kept=5)]
     sequences = [begin(model, batch) for batch in batches]
-    encoded = [each.encoded for each in sequences]
-    assert all(each is not None for each in encoded)
-    tokens, experts = model.run_encoded([each for each in encoded if each is not None])
+    encoded = [each.encoded for each in sequences if each.encoded is not None]
+    assert len(encoded) == len(sequences)
+    tokens, experts = model.run_encoded([("organs", each) for each in encoded])
     chosen = experts.split([piece.shape[0] for piece in tokens], dim=1)
     for sequence, batch, piece, own in zip(sequences, batches, tokens, chosen, strict=True):
         sequence.pass_blocks(piece, own)

@@ -160,9 +160,12 @@ def launch_routing(shape: Shape) -> Routing:
     for num_tokens in (64, t):  # tiles of both sizes, at the processors of no device
         logits_TE, x_TD = empty(num_tokens, e), empty(num_tokens, d, dtype=shape.dtype)
         routing.launch(logits_TE, *sizes, None, shape.groups, bias_rate=1e-3)
+        many = (empty(4, e), *sizes[1:])  # biases of four tasks
+        owner_T = empty(num_tokens, dtype=torch.int32)
         if fits_one_launch(router_ED):
             routing.launch(x_TD, *sizes, num_valid, shape.groups, router_ED)
-        routing.launch(logits_TE, *sizes, num_valid, shape.groups)
+            routing.launch(x_TD, *many, num_valid, shape.groups, router_ED, owner_T=owner_T)
+        routing.launch(logits_TE, *many, num_valid, shape.groups, owner_T=owner_T)
     routed, _ = routing.launch(empty(t, e), *sizes, None, shape.groups)
     return routed
 

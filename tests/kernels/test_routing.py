@@ -58,6 +58,24 @@ def test_reference_is_the_formula(assert_near: NearCheck) -> None:
 
 
 @pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("num_groups", [1, 4])
+def test_each_token_takes_its_owners_bias(
+    impl: Impl, num_groups: int, device: torch.device, assert_near: NearCheck
+) -> None:
+    logits_TE = torch.randn(37, 16, device=device)
+    bias_OE = torch.randn(3, 16, device=device)
+    owner_T = torch.randint(3, (37,), dtype=torch.int32, device=device)
+    choose = partial(route, num_groups=num_groups, chosen_groups=min(num_groups, 2))
+    mixed = choose(logits_TE, bias_OE, 2, owner_T=owner_T, impl=impl)
+    for owner in range(3):
+        alone = choose(logits_TE[owner_T == owner], bias_OE[owner], 2, impl="reference")
+        assert torch.equal(mixed.experts_TK[owner_T == owner], alone.experts_TK)
+        assert_near(mixed.weights_TK[owner_T == owner], alone.weights_TK)
+    with pytest.raises(ValueError, match="owner_T: expected contiguous"):
+        route(logits_TE, bias_OE, 2, owner_T=owner_T[:-1], impl=impl)
+
+
+@pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize(("num_tokens", "num_experts", "num_chosen"), SHAPES)
 def test_rows_are_in_stable_expert_order(
     impl: Impl, num_tokens: int, num_experts: int, num_chosen: int, device: torch.device

@@ -223,7 +223,7 @@ def port(head: Head, tmp_path_factory: pytest.TempPathFactory) -> int:
 
 
 def test_the_shipped_config_answers(head: Head, port: int) -> None:
-    assert ready(port, head) == ("ready", "fraud-1")
+    assert ready(port, head) == ("ready", "shared-1")
 
 
 def test_probes_and_scrapes_of_the_deploy_files_need_no_token(head: Head, port: int) -> None:
@@ -279,4 +279,4 @@ def test_the_fraud_service_joins_the_cluster_and_leaves_it_running(
             assert service.wait(60) == 0
     assert found.num_equal(offline_digests(table)) == len(table)
     assert found.dead_letters == 0
-    assert ready(port, head) == ("ready", "fraud-1")
+    assert ready(port, head) == ("ready", "shared-1")

@@ -166,7 +166,7 @@ def train_shapes(
             optimizer.step()
             schedule.step()
             load = expert_load(output.experts_LTK, model.config.num_experts)
-            move_bias(model, load, settings.bias_rate * (1.0 - epoch / settings.epochs))
+            move_bias(model, task, load, settings.bias_rate * (1.0 - epoch / settings.epochs))
             losses.append(loss.detach())
             if epoch >= settings.epochs // 2:
                 average.update()

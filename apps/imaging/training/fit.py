@@ -5,10 +5,12 @@ come from those, and the figures in the manifest.
 """
 
 import argparse
+import os
 import shlex
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -139,8 +141,12 @@ def read_cases(folder: Path) -> list[Known]:
     if len(paths) < 2:
         message = f"{folder}: expected two files pt_*.npz or more, got {len(paths)}"
         raise FileNotFoundError(message)
-    pairs = (load_patient(path) for path in paths)
-    return [Known.of(stack, labels) for stack, labels in pairs]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(_read_case, paths))
+
+
+def _read_case(path: Path) -> Known:
+    return Known.of(*load_patient(path))
 
 
 def _data_of(args: argparse.Namespace, num: int) -> str:

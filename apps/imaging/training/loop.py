@@ -342,7 +342,7 @@ def train_volumes(
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         load = expert_load(experts_LTK, model.config.num_experts)
-        move_bias(model, load, settings.bias_rate * (1.0 - done))
+        move_bias(model, TASK, load, settings.bias_rate * (1.0 - done))
         if done >= 0.5:
             average.update()
         if step % 20 == 0:

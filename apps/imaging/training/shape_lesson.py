@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Self, TypeAlias
+from typing import TYPE_CHECKING, Self, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from core_model.joint import Draw, epochs_of
 from core_model.model import MoETransformer
 from core_model.packing import Encoded, RaggedBatch
 from core_model.training import device_of
+
+if TYPE_CHECKING:
+    from core_model.volume import VolumeAdapter
 
 Part: TypeAlias = tuple[Tensor, Tensor]
 
@@ -129,7 +132,8 @@ class ShapeLesson:
         return ShapeSource(masks, classes, self.settings, seed)
 
     def prepare(self, model: MoETransformer) -> None:
-        """Nothing: masks have one scale, and all experts take part."""
+        """On CUDA the convolutions train in bfloat16."""
+        cast("VolumeAdapter", model.adapters[self.task]).narrow_training()
 
     def traffic(self, device: str) -> Iterator[RaggedBatch]:
         """Yield shapes of the training part as they are."""

@@ -1,6 +1,7 @@
 """Figures of the Azure evaluation from stored runs, ours beside LightGBM on the same rows."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,12 @@ class PartReport:
         self.hours = hours_to_failure(part.fleet.failures, self.rows, len(part.fleet.components))
         ours = runs.calibration()
         self.caution, self.margin, self.gate = ours.caution, ours.margin, ours.gate
-        kept = stored(runs.path("baseline-caution"), nothing)["caution"]
-        self.baseline_caution = dict(zip(HORIZONS, kept.tolist(), strict=True))
+
+    @cached_property
+    def baseline_caution(self) -> dict[int, float]:
+        """Factors that LightGBM's chances were tuned to."""
+        kept = stored(self.runs.path("baseline-caution"), nothing)["caution"]
+        return dict(zip(HORIZONS, kept.tolist(), strict=True))
 
     def figures(self) -> dict[str, Any]:
         """Return the input's block of the JSON file."""
@@ -64,14 +69,13 @@ class PartReport:
 
     def degraded(self) -> dict[str, Any]:
         """Return the same model's figures with one input gone, by what is left."""
-        return {
-            variant: {
-                "horizons": average(
-                    [self._ours(s, variant, "hazard") for s in range(self.num_seeds)]
-                )
-            }
-            for variant in VARIANTS
-        }
+        return {variant: {"horizons": self.horizons(variant)} for variant in VARIANTS}
+
+    def horizons(self, variant: str) -> dict[str, Any]:
+        """Return our figures at each horizon with the inputs of a variant."""
+        seeds = [self._ours(seed, variant, "hazard") for seed in range(self.num_seeds)]
+        averaged: dict[str, Any] = average(seeds)
+        return averaged
 
     def coverage(self, seed: int) -> float:
         """Return how often the interval of the hours left holds, on rows where they are known."""

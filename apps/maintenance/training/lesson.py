@@ -8,14 +8,17 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Self
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from xgboost import Booster
 
-from apps.maintenance.fleet import Fleet, Floats32
+from apps.maintenance.degrade import VARIANTS
+from apps.maintenance.fleet import Bools, Fleet, Floats32
 from apps.maintenance.inputs import Series, forecast_inputs
 from apps.maintenance.protocol import HORIZONS, decide, hours_to_failure, labels, macro_f1
+from apps.maintenance.training.azure_report import PartReport
 from apps.maintenance.training.azure_runs import Runs, stored
 from apps.maintenance.training.fit import (
     SETTINGS,
@@ -31,7 +34,13 @@ from apps.maintenance.training.fit import (
     mixed,
     to_batch,
 )
-from apps.maintenance.training.train import carry_trees, chosen_by, training_part, write_chosen
+from apps.maintenance.training.train import (
+    DAY_HOURS,
+    carry_trees,
+    chosen_by,
+    training_part,
+    write_chosen,
+)
 from apps.maintenance.training.trees import ask_trees, fit_hazard_trees
 from core_model.model import MoETransformer
 from core_model.packing import RaggedBatch
@@ -41,6 +50,7 @@ from core_model.training import SampleSource, WeightedSample, device_of, in_part
 
 ALL_SEQUENCE = 50.0  # logit of a gate that leaves the trees out
 HELD_EACH = 5  # every fifth machine is kept from training
+RECENT_HOURS = 30 * DAY_HOURS
 
 
 class Taught(NamedTuple):
@@ -55,6 +65,22 @@ class Taught(NamedTuple):
     tree: Floats32
 
 
+class Asked(NamedTuple):
+    """Hours as the model takes them.
+
+    Args:
+        series: Rows [N].
+        tree: Hazards of the trees that are served [N, H * C]; zeros without trees.
+    """
+
+    series: Series
+    tree: Floats32
+
+    def batch(self, device: str) -> RaggedBatch:
+        """Return both as the adapter takes them."""
+        return to_batch(self.series, self.tree, device)
+
+
 @dataclass(frozen=True, slots=True)
 class ForecastLesson:
     """Hours of a fleet's machines; the end of the record is held out.
@@ -64,8 +90,8 @@ class ForecastLesson:
         runs: The record, and how it is split.
         seen: Hours to train on.
         kept: Hours of the machines that were kept from training.
-        test: Hours at the end of the record, as the model takes them.
-        test_tree: What the trees say of those.
+        recent: The last month before the test as it came, with what the trees say of it.
+        test: Hours at the end of the record, likewise.
         booster: The trees that are served; None leaves the tree expert out.
     """
 
@@ -73,8 +99,8 @@ class ForecastLesson:
     runs: Runs
     seen: Taught
     kept: Taught
-    test: Series
-    test_tree: Floats32
+    recent: Asked
+    test: Asked
     booster: Booster | None
 
     @classmethod
@@ -96,14 +122,20 @@ class ForecastLesson:
         position = np.unique(whole.machine, return_inverse=True)[1]
         is_held = position % HELD_EACH == HELD_EACH - 1
         booster = fit_hazard_trees(whole.lives, seed, threads)
-        test = forecast_inputs(fleet, part.rows.take(runs.tested), runs.period)
+        begin, end = part.train_end - RECENT_HOURS, part.train_end
+        is_recent = (part.rows.hour >= begin) & (part.rows.hour < end)
+
+        def asked(chosen: Bools) -> Asked:
+            series = forecast_inputs(fleet, part.rows.take(chosen), runs.period)
+            return Asked(series, ask_trees(booster, series.context))
+
         return cls(
             data=data,
             runs=runs,
             seen=Taught(whole.take(~is_held), tree[~is_held]),
             kept=Taught(whole.take(is_held), tree[is_held]),
-            test=test,
-            test_tree=ask_trees(booster, test.context),
+            recent=asked(is_recent),
+            test=asked(runs.tested),
             booster=booster,
         )
 
@@ -117,8 +149,10 @@ class ForecastLesson:
         seen, kept = (
             each._replace(tree=np.zeros_like(each.tree)) for each in (self.seen, self.kept)
         )
-        none = np.zeros_like(self.test_tree)
-        return replace(self, seen=seen, kept=kept, test_tree=none, booster=None)
+        recent, test = (
+            each._replace(tree=np.zeros_like(each.tree)) for each in (self.recent, self.test)
+        )
+        return replace(self, seen=seen, kept=kept, recent=recent, test=test, booster=None)
 
     def source(self, device: str, seed: int) -> SampleSource:
         """Return its draws."""
@@ -142,12 +176,12 @@ class ForecastLesson:
         adapter.fit_scaling(self.seen.examples.batch(self.seen.tree, device_of(model)))
 
     def traffic(self, device: str) -> Iterator[RaggedBatch]:
-        """Yield the hours of the machines that were kept from training."""
-        return in_parts(self.kept.examples.batch(self.kept.tree, device))
+        """Yield the last month before the test."""
+        return in_parts(self.recent.batch(device))
 
     def held_out(self, device: str) -> Iterator[RaggedBatch]:
         """Yield the hours at the end of the record."""
-        return in_parts(to_batch(self.test, self.test_tree, device))
+        return in_parts(self.test.batch(device))
 
     def finish(self, model: MoETransformer, folder: Path) -> None:
         """Put gate and trees into the model, and write cautions and margin beside the weights."""
@@ -157,9 +191,19 @@ class ForecastLesson:
             carry_trees(model, self.booster)
         usual = np.nanmean(self.runs.part.fleet.telemetry, axis=(0, 1))
         chosen = chosen_by(self.runs, calibration) | {"usual": usual.round(4).tolist()}
-        scores = self._scores(model, calibration)
-        chosen |= {"held_out": {str(h): {"macro_f1": score} for h, score in scores.items()}}
-        write_chosen(folder, {**chosen, "degraded": {}})
+        write_chosen(folder, chosen | self.report(model, calibration))
+
+    def report(self, model: MoETransformer, calibration: Calibration) -> dict[str, Any]:
+        """Return figures on the end of the record, with all inputs and with one of them gone."""
+        booster = self.booster
+        if booster is None:
+            return {"held_out": {}, "degraded": {}}
+        with TemporaryDirectory() as folder:
+            runs = replace(self.runs, folder=Path(folder), device=device_of(model))
+            runs.calibration(lambda: calibration)
+            stored(runs.path("ours-0"), lambda: runs.ask_variants(model, booster))
+            report = PartReport(runs, 1)
+            return {"held_out": report.horizons(VARIANTS[0]), "degraded": report.degraded()}
 
     def measure(self, model: MoETransformer) -> dict[str, float]:
         """Return macro F1 at each horizon on the end of the record."""
@@ -170,8 +214,9 @@ class ForecastLesson:
         part = self.runs.part
         rows = part.rows.take(self.runs.tested)
         hours = hours_to_failure(part.fleet.failures, rows, len(part.fleet.components))
-        sequence = ask(model, self.test, self.test_tree, device_of(model)).sequence
-        probs = class_probs(mixed(self.test_tree, sequence, calibration.gate))
+        series, tree = self.test
+        sequence = ask(model, series, tree, device_of(model)).sequence
+        probs = class_probs(mixed(tree, sequence, calibration.gate))
         found = {}
         for i, horizon in enumerate(HORIZONS):
             tested = rows.hour < part.test_end - horizon

@@ -44,7 +44,7 @@ def test_the_official_parts_have_their_roles(lesson: ShapeLesson, adrenal_file: 
     assert lesson.task == "adrenal"
     assert torch.equal(lesson.source("cpu", 5).masks, load_split(adrenal_file, "train")[0])
     assert [batch.num_sequences for batch in lesson.traffic("cpu")] == [32]
-    assert [batch.num_sequences for batch in lesson.held_out("cpu")] == [12]
+    assert [batch.num_sequences for batch in lesson.held_out("cpu")] == [12, 12]
 
 
 @pytest.mark.slow
