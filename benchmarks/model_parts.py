@@ -11,14 +11,18 @@ unbalanced   shared, experts not balanced at all
 
 import json
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from apps.imaging.training.organ_lesson import OrganLesson
+from apps.imaging.training.recorded import recorded
 from apps.joint import Lesson, Plan, fit
 from benchmarks.model_balance import Mix, routing_of
 from core_model.config import MoEConfig
@@ -119,40 +123,62 @@ def run_parts(
         if (path := _path(work, part)).exists()
     }
     missing = [part for part in parts if part.key not in found]
-    for part, figures in _trained(missing, by_name, jobs):
-        _path(work, part).write_text(json.dumps(figures), encoding="utf-8")
-        found[part.key] = figures
-        say(f"{part.key}: {figures['metrics']}")
+    for seed in sorted({part.plan.seed for part in missing}):
+        own = [part for part in missing if part.plan.seed == seed]
+        for part, figures in _trained(own, by_name, jobs, work):
+            _path(work, part).write_text(json.dumps(figures), encoding="utf-8")
+            found[part.key] = figures
+            say(f"{part.key}: {figures['metrics']}")
     return found
 
 
 def _trained(
-    parts: Sequence[Part], lessons: Mapping[str, Sequence[Lesson]], jobs: int
+    parts: Sequence[Part], lessons: Mapping[str, Sequence[Lesson]], jobs: int, work: Path
 ) -> Iterator[tuple[Part, Figures]]:
+    """Yield the figures of trainings with one seed, those with the most tasks first."""
     if jobs < 2:
-        _take(lessons)
+        _LESSONS.update(lessons)
         yield from ((part, train_part(part)) for part in parts)
         return
-    spawn = multiprocessing.get_context("spawn")
-    given = (lessons, spawn.Value("i", 0))
-    with ProcessPoolExecutor(jobs, spawn, initializer=_join, initargs=given) as pool:
-        running = {pool.submit(train_part, part): part for part in parts}
-        for done in as_completed(running):
-            yield running[done], done.result()
+    fork = multiprocessing.get_context("fork")  # lessons are large, and CUDA has not begun here
+    torch.set_num_threads(1)  # a team of threads does not survive the fork
+    with _drawn(lessons, parts[0].plan, work) as given:
+        _LESSONS.update(given)
+        joined = fork.Value("i", 0)
+        with ProcessPoolExecutor(jobs, fork, initializer=_join, initargs=(joined,)) as pool:
+            order = sorted(parts, key=lambda part: -len(part.tasks))
+            running = {pool.submit(train_part, part): part for part in order}
+            for done in as_completed(running):
+                yield running[done], done.result()
 
 
-def _join(lessons: Mapping[str, Sequence[Lesson]], joined: "Synchronized[int]") -> None:
+@contextmanager
+def _drawn(
+    lessons: Mapping[str, Sequence[Lesson]], plan: Plan, work: Path
+) -> Iterator[Mapping[str, Sequence[Lesson]]]:
+    """Give lessons whose CT windows of this seed are drawn already, once for all trainings."""
+    organs = next((each for each in lessons["whole"] if isinstance(each, OrganLesson)), None)
+    if organs is None:
+        yield lessons
+        return
+    draw = organs.source("cpu", plan.seed).steps().__getitem__
+    processes = len(os.sched_getaffinity(0))
+    with recorded(draw, plan.settings.steps, work / "windows", processes) as folder:
+        yield {
+            name: [
+                replace(each, windows=folder) if isinstance(each, OrganLesson) else each
+                for each in group
+            ]
+            for name, group in lessons.items()
+        }
+
+
+def _join(joined: "Synchronized[int]") -> None:
     """Begin as one of several processes; they take the GPUs in turn."""
     with joined.get_lock():
         number, joined.value = joined.value, joined.value + 1
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())
-    _take(lessons)
-
-
-def _take(lessons: Mapping[str, Sequence[Lesson]]) -> None:
-    """Keep lessons for the trainings of this process."""
-    _LESSONS.update(lessons)
 
 
 def _path(work: Path, part: Part) -> Path:

@@ -220,10 +220,8 @@ class Training:
         self._model.train()
         draws = [source.draws(self._step) for source in self._sources]
         with BalanceLoss(self._model, settings.balance_loss) as balance:
-            for drawn in zip(*draws, strict=True):
-                if self._step == settings.steps:
-                    break
-                losses = self._do(drawn, balance)
+            while self._step < settings.steps:
+                losses = self._do([next(each) for each in draws], balance)
                 if self._step % SAY_EVERY == 0:
                     said = {task: float(loss.detach()) for task, loss in losses.items()}
                     progress(self._step, settings.steps, said)

@@ -38,6 +38,7 @@ from apps.imaging.training.loop import (
     to_device,
     voxel_loss,
 )
+from apps.imaging.training.recorded import RecordedDraws
 from apps.imaging.windows import WindowPlan
 from core_model.joint import Draw
 from core_model.model import MoETransformer
@@ -69,6 +70,7 @@ class OrganSource:
         settings: Of windows, loss and rates, and how many processes cut windows.
         seed: Of the draws.
         device: Of the model.
+        windows: Folder of those that are drawn already (see ``recorded``), if there is one.
         weight: As of ``Source``.
     """
 
@@ -76,6 +78,7 @@ class OrganSource:
     settings: VolumeSettings
     seed: int
     device: str
+    windows: Path | None = None
     weight: float = 1.0
 
     @property
@@ -93,11 +96,16 @@ class OrganSource:
         """Of the settings."""
         return self.settings.weight_decay
 
+    def steps(self) -> StepDraws:
+        """Return the windows of each step."""
+        drawn = WindowDraws(self.volumes, self.settings, self.seed)
+        return StepDraws(drawn, self.settings.batch_size)
+
     def draws(self, start: int) -> Iterator[Draw]:
         """Yield what the steps from ``start`` on see; the processes end with the iterator."""
         settings, device = self.settings, self.device
         loader = DataLoader(
-            StepDraws(WindowDraws(self.volumes, settings, self.seed), settings.batch_size),
+            RecordedDraws(self.windows) if self.windows else self.steps(),
             batch_size=None,
             sampler=count(start),
             num_workers=settings.workers,
@@ -133,6 +141,7 @@ class OrganLesson:
         test: Cases to measure on, by default those held out.
         local: Whether the local experts take part.
         global_: Whether the global ones do.
+        windows: Folder of windows that are drawn already, of the one seed that is trained with.
     """
 
     data: str
@@ -141,6 +150,7 @@ class OrganLesson:
     test: Sequence[Known] = ()
     local: bool = True
     global_: bool = True
+    windows: Path | None = None
 
     @property
     def task(self) -> str:
@@ -154,7 +164,8 @@ class OrganLesson:
     def source(self, device: str, seed: int) -> OrganSource:
         """Return windows of the cases that are trained on."""
         seen, _ = self._parts
-        return OrganSource([case.volume for case in seen], self.settings, seed, device)
+        volumes = [case.volume for case in seen]
+        return OrganSource(volumes, self.settings, seed, device, self.windows)
 
     def prepare(self, model: MoETransformer) -> None:
         """Say which experts take part; on CUDA the convolutions train in bfloat16."""

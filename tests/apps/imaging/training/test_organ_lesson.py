@@ -19,6 +19,7 @@ from apps.imaging.training.adrenal import ShapeSettings
 from apps.imaging.training.known import Known
 from apps.imaging.training.loop import VolumeSettings
 from apps.imaging.training.organ_lesson import OrganLesson
+from apps.imaging.training.recorded import recorded
 from apps.imaging.training.shape_lesson import ShapeLesson
 from apps.imaging.windows import WindowPlan
 from core_model.config import PRESETS
@@ -111,6 +112,19 @@ def test_experts_that_are_left_out_have_no_say(phantoms: list[Known]) -> None:
     gates = adapter._gates(torch.randn(5, adapter.gate.in_features))
     assert gates[:, :NUM_LOCAL].abs().max() == 0.0
     assert gates.sum(dim=1).tolist() == pytest.approx([1.0] * 5)
+
+
+@pytest.mark.usefixtures("small_windows", "one_thread")
+def test_windows_that_are_drawn_ahead_are_those_of_the_steps(
+    phantoms: list[Known], tmp_path: Path
+) -> None:
+    own = lesson(phantoms)
+    source = own.source("cpu", 3)
+    with recorded(source.steps().__getitem__, 3, tmp_path / "windows", 2) as folder:
+        ahead = replace(own, windows=folder).source("cpu", 3)
+        for drawn, read in zip(islice(source.draws(0), 3), islice(ahead.draws(0), 3), strict=True):
+            assert_alike(read, drawn)
+    assert not folder.exists()
 
 
 @pytest.mark.slow
