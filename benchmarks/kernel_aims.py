@@ -105,6 +105,11 @@ AIMS: Sequence[Aim] = (
 )
 
 
+def is_aimed(op: str, model: str, size: int) -> bool:
+    """Tell whether an aim speaks of the case."""
+    return any(aim.holds_for({"op": op, "model": model, "size": size}) for aim in AIMS)
+
+
 def judge(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return a verdict for each of our rows and each aim that holds for it.
 

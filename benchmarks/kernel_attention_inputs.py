@@ -20,6 +20,7 @@ class AttentionInputs(NamedTuple):
         cu_seqlens: Sequence offsets, int32 [B+1].
         lengths: Of the sequences, known to the host.
         pattern: What sees what.
+        grad: Gradient of the output, where the call is to go back as well.
     """
 
     q: Tensor
@@ -28,3 +29,4 @@ class AttentionInputs(NamedTuple):
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
     pattern: AttentionPattern
+    grad: Tensor | None = None

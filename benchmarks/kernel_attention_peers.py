@@ -3,12 +3,13 @@
 Legend: T packed positions, H heads, d head width, B sequences, G ones of equal length n.
 """
 
-from functools import cache, partial
-from importlib import import_module
-from typing import Any, cast
+from functools import cache
+from importlib.util import find_spec
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -18,6 +19,16 @@ from benchmarks.kernel_op import AbsentError, Call, compiled, demand_gpu
 from kernels.attention import AttentionPattern
 
 FA3_WINDOW = "FlashAttention-3 window"
+FA3_LIBRARY = "_vllm_fa3_C"
+FA3_PLAIN = {  # arguments without a default; the others may be absent
+    "is_causal": False,
+    "softcap": 0.0,
+    "is_rotary_interleaved": True,
+    "num_splits": 0,
+    "sm_margin": 0,
+    "cp_world_size": 1,
+    "cp_rank": 0,
+}
 
 
 def by_flash(inputs: AttentionInputs) -> Call:
@@ -37,9 +48,10 @@ def _by_sdpa(inputs: AttentionInputs, backend: SDPBackend) -> Call:
         message = "takes sequences of equal length"
         raise AbsentError(message)
     n = inputs.lengths[0]
-    qkv_GHnd = [x.unflatten(0, (-1, n)).transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v)]
 
     def call() -> Tensor:
+        qkv = (inputs.q, inputs.k, inputs.v)
+        qkv_GHnd = [x.unflatten(0, (-1, n)).transpose(1, 2) for x in qkv]
         with sdpa_kernel(backend):
             out_GHnd = functional.scaled_dot_product_attention(*qkv_GHnd)
         return out_GHnd.transpose(1, 2).reshape(inputs.q.shape)
@@ -55,57 +67,52 @@ def _demand_no_window(inputs: AttentionInputs) -> None:
 
 def by_fa3(inputs: AttentionInputs) -> Call:
     """Full attention, lengths free."""
-    function = _fa3()
     demand_gpu(inputs.q)
     _demand_no_window(inputs)
-    return partial(_call_fa3, function, inputs, (-1, -1))
+    return _by_fa3(inputs, reach=-1)
 
 
 def by_fa3_window(inputs: AttentionInputs) -> Call:
     """The window without global positions, which it does not have."""
-    function = _fa3()
     demand_gpu(inputs.q)
     if inputs.pattern.window is None:
         message = "the pattern has no window"
         raise AbsentError(message)
-    reach = inputs.pattern.window // 2
-    return partial(_call_fa3, function, inputs, (reach, reach))
+    return _by_fa3(inputs, inputs.pattern.window // 2)
 
 
-def _fa3() -> Any:  # noqa: ANN401 - a function without types
-    """Return ``flash_attn_varlen_func`` of FlashAttention-3, its own wheel's or that of vLLM."""
-    try:
-        own: Any = import_module("flash_attn_interface")
-    except ModuleNotFoundError:
-        pass
-    else:
-        return own.flash_attn_varlen_func
-    try:
-        vllm: Any = import_module("vllm.vllm_flash_attn.flash_attn_interface")
-    except ModuleNotFoundError as error:
-        message = "flash_attn_interface is not installed, nor vllm"
-        raise AbsentError(message) from error
-    return partial(vllm.flash_attn_varlen_func, fa_version=3)
+def _by_fa3(inputs: AttentionInputs, reach: int) -> Call:
+    if inputs.grad is not None:
+        message = "this build has no gradients"
+        raise AbsentError(message)
+    forward, longest = _fa3_forward(), max(inputs.lengths)
+    given = {
+        **FA3_PLAIN,
+        "q": inputs.q,
+        "k": inputs.k,
+        "v": inputs.v,
+        "cu_seqlens_q": inputs.cu_seqlens,
+        "cu_seqlens_k": inputs.cu_seqlens,
+        "max_seqlen_q": longest,
+        "max_seqlen_k": longest,
+        "softmax_scale": inputs.q.shape[2] ** -0.5,
+        "window_size_left": reach,
+        "window_size_right": reach,
+    }
+    arguments = [given.get(each.name) for each in forward._schema.arguments]
+    return lambda: cast("Tensor", forward(*arguments)[0])
 
 
-def _call_fa3(
-    function: Any,  # noqa: ANN401 - as above
-    inputs: AttentionInputs,
-    window: tuple[int, int],
-) -> Tensor:
-    longest = max(inputs.lengths)
-    found = function(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        cu_seqlens_q=inputs.cu_seqlens,
-        cu_seqlens_k=inputs.cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
-        window_size=window,
-    )
-    out_THd: Tensor = found[0] if isinstance(found, tuple) else found
-    return out_THd
+@cache
+def _fa3_forward() -> OpOverload:
+    """Return FlashAttention-3's op from vLLM's build, the bare library on the path."""
+    found = find_spec(FA3_LIBRARY)
+    if found is None or found.origin is None:
+        message = f"{FA3_LIBRARY}.abi3.so is not on the path"
+        raise AbsentError(message)
+    torch.ops.load_library(found.origin)
+    forward: OpOverload = getattr(torch.ops, FA3_LIBRARY).fwd.default
+    return forward
 
 
 def _flex(q_1HTd: Tensor, k_1HTd: Tensor, v_1HTd: Tensor, mask: BlockMask) -> Tensor:
@@ -119,9 +126,9 @@ def by_flex(inputs: AttentionInputs) -> Call:
     """The pattern as a mask that the compiler fuses; its map of blocks is made before the call."""
     demand_gpu(inputs.q)
     mask = flex_mask(inputs.lengths, inputs.pattern, inputs.q.device)
-    qkv_1HTd = [x.transpose(0, 1).unsqueeze(0) for x in (inputs.q, inputs.k, inputs.v)]
 
     def call() -> Tensor:
+        qkv_1HTd = [x.transpose(0, 1).unsqueeze(0) for x in (inputs.q, inputs.k, inputs.v)]
         out_1HTd = _flex_function()(*qkv_1HTd, mask)
         return out_1HTd[0].transpose(0, 1).contiguous()
 

@@ -1,7 +1,8 @@
 """A row for each case of an op and each who runs it; who cannot run it says why in a row.
 
-Rivals of a case run on the same data, their samples in turn.  Those that compile for seconds
-come after all others, so that a run which is cut off has the rest.
+Rivals of a case run on the same data, their samples in turn.  Cases that an aim speaks of come
+first.  A case has its share of the time that is left: what it needs at least it takes, three
+samples of each series, and more of them while its share lasts; the spread says how sure they are.
 """
 
 import math
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_aims import time_of
-from benchmarks.kernel_op import AbsentError, Call, Case, Inputs, Op, Peer
+from benchmarks.kernel_aims import is_aimed, time_of
+from benchmarks.kernel_op import OURS, AbsentError, Call, Case, Inputs, Op, Peer
 from benchmarks.kernel_roofline import Ceilings, ceilings_of
 from benchmarks.kernel_timing import (
     NotCapturedError,
@@ -30,7 +31,10 @@ from benchmarks.kernel_timing import (
 
 Row = dict[str, Any]
 MIN_SETS, MAX_SETS = 3, 64
+LONG_SETS = 2  # of a case whose sets are that large alone
 CACHES = 2  # sets together are as large as so many L2 caches, or the row says "warm"
+LONG_US = 20e3  # a call beside which launches are nothing
+EAGER_SAMPLES = 5  # of a call that a graph holds too
 TIME_OVER = "not measured: the time was over"
 ROW_NAMES = (
     *("op", "model", "size", "routing", "dtype", "who"),
@@ -66,22 +70,30 @@ class Rival:
     max_error: float | None = None
 
 
-def measure_op(op: Op[Inputs], device: str, seconds: float) -> Iterator[Row]:
-    """Yield the rows of an op; cases that are not begun in time are said so in rows."""
+def measure_op(op: Op[Inputs], device: str, seconds: float, *, is_compiled: bool) -> Iterator[Row]:
+    """Yield the rows of those of an op's peers that compile, or of the others.
+
+    Cases that are not begun in time are said so in rows.
+    """
     ends_s = time.monotonic() + seconds
     ceilings = ceilings_of(device)
     machine = _machine(device)
-    for is_compiled in (False, True):
-        peers = [peer for peer in op.peers if peer.is_compiled == is_compiled]
-        for case in op.cases(device):
-            if not peers:
-                continue
-            if time.monotonic() < ends_s:
-                rows = measure_case(op, case, peers, device, ceilings)
-            else:
-                rows = [_row(op, case, Rival(peer.name, TIME_OVER)) for peer in peers]
-            for row in rows:
-                yield {**row, **machine}
+    peers = op.rivals(is_compiled=is_compiled)
+    cases = aimed_first(op, device)
+    for index, case in enumerate(cases):
+        left_s = ends_s - time.monotonic()
+        if left_s > 0.0:
+            share_s = left_s / (len(cases) - index)
+            rows = measure_case(op, case, peers, device, ceilings, share_s)
+        else:
+            rows = [_row(op, case, Rival(peer.name, TIME_OVER)) for peer in peers]
+        for row in rows:
+            yield {**row, **machine}
+
+
+def aimed_first(op: Op[Inputs], device: str) -> list[Case[Inputs]]:
+    """Return the cases of an op, those that an aim speaks of first."""
+    return sorted(op.cases(device), key=lambda case: not is_aimed(op.name, case.model, case.size))
 
 
 def measure_case(
@@ -90,11 +102,15 @@ def measure_case(
     peers: Sequence[Peer[Inputs]],
     device: str,
     ceilings: Ceilings | None,
+    seconds: float = math.inf,
 ) -> list[Row]:
-    """Return the rows of a case; an error that is nobody's own is in the rows of all."""
+    """Return the rows of a case; an error that is nobody's own is in the rows of all.
+
+    Past its seconds the case takes the least number of samples, and counts launches of ours alone.
+    """
     try:
         with torch.no_grad():
-            return _measured(op, case, peers, device, ceilings)
+            return _measured(op, case, peers, device, ceilings, time.monotonic() + seconds)
     except Exception as error:  # noqa: BLE001 - drawing failed, or the device is lost
         return [_row(op, case, Rival(peer.name, first_line(error))) for peer in peers]
 
@@ -105,16 +121,19 @@ def _measured(
     peers: Sequence[Peer[Inputs]],
     device: str,
     ceilings: Ceilings | None,
+    ends_s: float,
 ) -> list[Row]:
     sets = draw_sets(op, case, device)
     works = [op.work(inputs) for inputs in sets]
     exact = op.exact(sets[0])
     rivals = [prepare(peer, sets, exact, device) for peer in peers]
-    alternate([each for rival in rivals for each in (rival.eager, rival.graph) if each])
+    every = [each for rival in rivals for each in (rival.eager, rival.graph) if each]
+    alternate(every, ends_s)
     for rival in rivals:  # last, since a profiler slows what follows
         if rival.call is not None and is_gpu(device):
             rival.peak_bytes = peak_bytes(rival.call)
-            rival.launches = count_launches(rival.call)
+            if rival.name.startswith(OURS) or time.monotonic() < ends_s:
+                rival.launches = count_launches(rival.call)
     common: Row = {"sets": len(sets)}
     if ceilings is not None:
         least_us = sum(work.least_us(ceilings) for work in works) / len(works)
@@ -127,12 +146,12 @@ def _measured(
 
 
 def draw_sets(op: Op[Inputs], case: Case[Inputs], device: str) -> list[Inputs]:
-    """Return at least three sets of inputs, on a GPU enough not to stay in its cache if possible."""
+    """Return some sets of inputs, on a GPU enough not to stay in its cache if possible."""
     first = case.draw(torch.Generator(device).manual_seed(0))
     count = MIN_SETS
     if is_gpu(device):
         needed = math.ceil(CACHES * _cache_bytes() / max(1.0, op.work(first).num_bytes))
-        count = min(MAX_SETS, max(MIN_SETS, needed))
+        count = LONG_SETS if needed == 1 else min(MAX_SETS, max(MIN_SETS, needed))
     others = [case.draw(torch.Generator(device).manual_seed(seed)) for seed in range(1, count)]
     return [first, *others]
 
@@ -151,9 +170,11 @@ def prepare(
         eager.warm_up()
         if is_gpu(device):
             try:
+                _demand_short(eager)
                 graph = Series(capture(calls).replay, len(calls), device)
                 graph.warm_up()
                 rival.graph = graph
+                eager.num_samples = min(eager.num_samples, EAGER_SAMPLES)
             except NotCapturedError as error:
                 rival.note = f"not captured: {error}"
         rival.eager, rival.call = eager, calls[0]
@@ -164,6 +185,13 @@ def prepare(
     except Exception as error:  # noqa: BLE001 - a peer's error is a row
         rival.note = first_line(error)
     return rival
+
+
+def _demand_short(series: Series) -> None:
+    """Raise NotCapturedError for calls beside which launches are nothing."""
+    if series.warm_us > LONG_US:
+        message = f"takes {series.warm_us / 1e3:.0f} ms"
+        raise NotCapturedError(message)
 
 
 def max_error(output: Tensor, exact: tuple[Tensor, Tensor]) -> float:

@@ -74,6 +74,10 @@ class Op(Generic[Inputs]):
     work: Callable[[Inputs], Work]
     exact: Callable[[Inputs], tuple[Tensor, Tensor]]
 
+    def rivals(self, *, is_compiled: bool) -> Sequence[Peer[Inputs]]:
+        """Return those that compile for seconds, or the others."""
+        return [peer for peer in self.peers if peer.is_compiled == is_compiled]
+
 
 def demand_gpu(tensor: Tensor) -> None:
     """Raise AbsentError for a tensor in the memory of a CPU."""

@@ -1,6 +1,7 @@
 """A whole step of the shared blocks, from tokens to normalised tokens, as a served model runs it.
 
-``launches`` are those of the step: of one block about that less two, over the blocks.
+``launches`` are those of the step: of one block that less two, over the blocks.  Small models come
+first, since a large one takes seconds to draw.
 ``peak_mb`` is what a forward needs beside model and tokens.
 
 Legend: T tokens, D model, H heads, d head width, E experts, K chosen, R routed rows.
@@ -34,34 +35,34 @@ from kernels.attention import visible
 if TYPE_CHECKING:
     from core_model.moe import MoELayer
 
-SIZES = (256, 1024, 8192)
+SIZES = {"base": (256, 1024, 8192), "large": (256, 8192)}
 TINY_SIZE = 90
 
 
 def _cases(device: str) -> Sequence[Case[StepInputs]]:
     is_cpu = device == "cpu"
     dtype = torch.float32 if is_cpu else torch.bfloat16
-    mixed = [("tiny", TINY_SIZE)] if is_cpu else [(p, n) for p in ("base", "large") for n in SIZES]
-    cases = [
-        Case(f"{preset} mixed", size, "-", dtype, partial(draw_step, preset, spans, dtype))
-        for preset, size in mixed
-        for spans in [mixed_segments(size)]
+    sizes = {"tiny": (TINY_SIZE,)} if is_cpu else SIZES
+    steps = [
+        (f"{preset} mixed", preset, n, mixed_segments(n)) for preset in sizes for n in sizes[preset]
     ]
     if not is_cpu:
-        spans = long_segments(LONG_TOKENS)
-        draw = partial(draw_step, "base", spans, dtype)
-        cases.append(Case("base one sequence", LONG_TOKENS, "-", dtype, draw))
-    return cases
+        alone = ("base one sequence", "base", LONG_TOKENS, long_segments(LONG_TOKENS))
+        steps.insert(len(SIZES["base"]), alone)
+    return [
+        Case(name, size, "-", dtype, partial(draw_step, preset, spans, dtype))
+        for name, preset, size, spans in steps
+    ]
 
 
 def _run_ours(inputs: StepInputs) -> Call:
-    return lambda: inputs.model(inputs.tokens, inputs.groups)
+    return lambda: inputs.model(inputs.tokens, inputs.groups, inputs.owner)
 
 
 def _run_dense(inputs: StepInputs) -> Call:
     parts: Any = import_module("benchmarks.model_parts")  # which knows the applications
     model = dense_step(inputs, parts.dense_of(inputs.model.config))
-    return lambda: model(inputs.tokens, inputs.groups)
+    return lambda: model(inputs.tokens, inputs.groups, inputs.owner)
 
 
 class _Weights(NamedTuple):
@@ -130,9 +131,10 @@ def _swiglu(x_TD: Tensor, gate_up_GD: Tensor, down_DF: Tensor) -> Tensor:
     return functional.linear(functional.silu(gate_TF) * up_TF, down_DF)
 
 
-def _experts(x_TD: Tensor, weights: _Weights, plan: _Plan) -> Tensor:
+def _experts(x_TD: Tensor, weights: _Weights, plan: _Plan, owner_T: Tensor) -> Tensor:
     score_TE = functional.linear(x_TD.float(), weights.router).sigmoid()
-    experts_TK = (score_TE + weights.bias).topk(plan.num_chosen, dim=1).indices
+    bias_TE = weights.bias.index_select(0, owner_T)
+    experts_TK = (score_TE + bias_TE).topk(plan.num_chosen, dim=1).indices
     gate_TK = score_TE.gather(1, experts_TK)
     gate_TK = gate_TK / gate_TK.sum(dim=1, keepdim=True)
     order = experts_TK.flatten().sort(stable=True)
@@ -155,12 +157,13 @@ def _plain_block(
     weights: _Weights,
     plan: _Plan,
     masks: Sequence[Tensor | None],
+    owner_T: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What a model's author would write."""
     x_TD, residual_TD = _normed(branch_TD, residual_TD, weights.attention_norm, plan.eps)
     branch_TD = _attend(x_TD, weights, plan, masks)
     x_TD, residual_TD = _normed(branch_TD, residual_TD, weights.moe_norm, plan.eps)
-    return _experts(x_TD, weights, plan), residual_TD
+    return _experts(x_TD, weights, plan, owner_T), residual_TD
 
 
 _compiled_block = cache(lambda: compiled(_plain_block))
@@ -183,7 +186,7 @@ def _run_plain(inputs: StepInputs, *, is_compiled: bool = False) -> Call:
     def call() -> Tensor:
         branch_TD, residual_TD = inputs.tokens, None
         for weights in blocks:
-            branch_TD, residual_TD = run(branch_TD, residual_TD, weights, plan, masks)
+            branch_TD, residual_TD = run(branch_TD, residual_TD, weights, plan, masks, inputs.owner)
         return _normed(branch_TD, residual_TD, model.final_norm, eps)[0]
 
     return call

@@ -2,7 +2,8 @@
 
 A third of the tokens are transactions (spans of one and two tokens), a third windows of
 telemetry (65 and two), the rest windows of a CT study (up to 1,792, each seeing its
-neighbourhood and the case's tokens), as their adapters hand them over.
+neighbourhood and the case's tokens), as their adapters hand them over.  Each run of equal spans is
+a task of its own to the routers.
 
 Legend: T tokens, D model, H heads, d head width, E experts, K chosen, F hidden, N checked tokens.
 """
@@ -39,22 +40,23 @@ class Step(nn.Module):
 
     Args:
         config: Sizes.
+        num_tasks: How many have selection biases of their own.
         is_dense: Whether the blocks have no routed experts.
     """
 
-    def __init__(self, config: MoEConfig, *, is_dense: bool = False) -> None:
+    def __init__(self, config: MoEConfig, num_tasks: int = 1, *, is_dense: bool = False) -> None:
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(
-            Block(config, is_dense=is_dense) for _ in range(config.num_layers)
+            Block(config, num_tasks, is_dense=is_dense) for _ in range(config.num_layers)
         )
         self.final_norm = nn.Parameter(torch.ones(config.d_model))
 
-    def forward(self, tokens_TD: Tensor, groups: list[SpanGroup]) -> Tensor:
+    def forward(self, tokens_TD: Tensor, groups: list[SpanGroup], owner_T: Tensor) -> Tensor:
         """Return normalised tokens [T, D]; do what ``MoETransformer.run_blocks`` does."""
         branch_TD, residual_TD, chosen = tokens_TD, None, []
         for block in self.blocks:
-            branch_TD, residual_TD, experts_TK = block(branch_TD, residual_TD, groups)
+            branch_TD, residual_TD, experts_TK = block(branch_TD, residual_TD, groups, owner_T)
             if experts_TK is not None:
                 chosen.append(experts_TK)
         normed_TD, _ = add_rmsnorm(branch_TD, residual_TD, self.final_norm, self.config.rms_eps)
@@ -64,10 +66,11 @@ class Step(nn.Module):
 
 
 class StepInputs(NamedTuple):
-    """Model, tokens [T, D], their spans as the blocks get them and as runs of equal ones."""
+    """Model, tokens [T, D] and whose they are, spans as the blocks get them, runs of equal ones."""
 
     model: Step
     tokens: Tensor
+    owner: Tensor
     groups: list[SpanGroup]
     segments: tuple[Segment, ...]
 
@@ -103,16 +106,19 @@ def draw_step(
     config, device = PRESETS[preset], generator.device
     torch.manual_seed(generator.initial_seed())
     with torch.device(device):
-        model = Step(config)
+        model = Step(config, len(segments))
     narrow(model, dtype)
-    num_tokens = sum(count * length for count, length in segments)
+    lengths = torch.tensor([count * length for count, length in segments], device=device)
+    task = torch.arange(len(segments), dtype=torch.int32, device=device)
+    owner_T = task.repeat_interleave(lengths)
+    num_tokens = len(owner_T)
     tokens_TD = torch.randn(num_tokens, config.d_model, generator=generator, device=device)
     groups = []
     for count, length in segments:
         lengths_B = torch.full((count,), length, device=device)
         pattern = FULL if pattern_of(((1, length),)).sees_all(length) else pattern_of(segments)
         groups.append(SpanGroup(count * length, offsets_from_lengths(lengths_B), pattern, length))
-    return StepInputs(model, tokens_TD.to(dtype), merge_groups(groups), segments)
+    return StepInputs(model, tokens_TD.to(dtype), owner_T, merge_groups(groups), segments)
 
 
 def narrow(model: Step, dtype: torch.dtype) -> None:
@@ -190,7 +196,7 @@ def _swiglu(x_ND: Tensor, gate_up_GD: Tensor, down_DF: Tensor) -> Tensor:
 
 def _experts(x_ND: Tensor, moe: MoELayer) -> Tensor:
     logits_NE = (x_ND @ moe.router.double().T).float()
-    chosen = route(logits_NE, moe.expert_bias, moe.num_chosen, impl="reference")
+    chosen = route(logits_NE, moe.expert_bias[0], moe.num_chosen, impl="reference")
     rows = []
     for x_1D, experts, weights_K in zip(
         x_ND.split(1), chosen.experts_TK.tolist(), chosen.weights_TK.double(), strict=True

@@ -51,17 +51,23 @@ class Kind(NamedTuple):
     candidates: Sequence[TileConfig]
 
 
-# without a bound some leave room for one program of a multiprocessor alone; with 128 registers
-# two fit, but products of 64 keys then wait for each other
+# Of 64 rows, the products of a program read 640 cycles of shared memory and compute 512, and its
+# softmax waits for them: queries in registers save 128 cycles, and the memory for a third program
+# of a multiprocessor; a loop that runs ahead multiplies during the softmax.
 DENSE = (
-    TileConfig(128, 128, 8, 2),
-    TileConfig(128, 64, 8, 2),
-    TileConfig(128, 64, 8, 3),
-    TileConfig(128, 64, 8, 2, 128),
-    TileConfig(128, 32, 8, 3, 128),
-    TileConfig(64, 64, 4, 2),
     TileConfig(64, 64, 4, 3),
-    TileConfig(64, 128, 4, 2),
+    TileConfig(64, 64, 4, 3, 0, "joint"),
+    TileConfig(64, 64, 4, 3, 0, "joint", True),
+    TileConfig(64, 64, 4, 2, 168, "joint", True),
+    TileConfig(64, 32, 4, 3, 168, "joint", True),
+    TileConfig(64, 32, 4, 3, 128, "joint"),
+    TileConfig(64, 64, 4, 2, 0, "ahead"),
+    TileConfig(64, 64, 4, 2, 0, "ahead", True),
+    TileConfig(128, 64, 8, 2, 128, "joint"),
+    TileConfig(128, 64, 8, 2, 0, "ahead"),
+    TileConfig(128, 64, 8, 3, 0, "ahead"),
+    TileConfig(128, 64, 8, 3, 0, "ahead", True),
+    TileConfig(128, 128, 8, 2, 0, "joint", True),
 )
 LISTED = (  # the blocks are those of the pattern; of pooled rows 64 or 128
     TileConfig(128, 64, 8, 2),
@@ -78,12 +84,26 @@ SCORES = (
     TileConfig(128, 64, 4, 3),
     TileConfig(128, 256, 8, 2),
 )
+KEY_GRADS = (  # two sums of a tile: larger ones spill
+    TileConfig(128, 64, 8, 2),
+    TileConfig(128, 32, 8, 2),
+    TileConfig(64, 32, 4, 2),
+)
+QUERY_GRADS = (
+    *KEY_GRADS,
+    TileConfig(128, 64, 8, 3),
+    TileConfig(64, 64, 4, 2),
+    TileConfig(64, 64, 4, 3),
+)
+BACKWARD = "gradients window"
 KINDS = {
     "window": Kind(ATTENTION, "window", 65536, AttentionPattern(1024, 64), DENSE),
     "scores": Kind(BLOCK_SPARSE, "dropped", 65536, SparsePattern(), SCORES),
     "sparse": Kind(BLOCK_SPARSE, "dropped", 65536, SparsePattern(), LISTED),
     "pooled": Kind(BLOCK_SPARSE, "pooled", 65536, SparsePattern(0, far="pooled"), FAR),
     "full": Kind(ATTENTION, "full", 8192, AttentionPattern(None), DENSE),
+    "grad_queries": Kind(ATTENTION, BACKWARD, 65536, AttentionPattern(1024, 64), QUERY_GRADS),
+    "grad_keys": Kind(ATTENTION, BACKWARD, 65536, AttentionPattern(1024, 64), KEY_GRADS),
 }
 
 
@@ -119,9 +139,13 @@ def compile_all() -> float:
 
 
 def _compile(name: str, config: TileConfig) -> None:
-    qkv = torch.zeros(3, COMPILED_ROWS, 16, 128, dtype=torch.bfloat16, device="cuda").unbind(0)
+    kind = KINDS[name]
+    qkv = torch.zeros(3, COMPILED_ROWS, 16, 128, dtype=torch.bfloat16, device="cuda")
+    qkv.requires_grad_(kind.model == BACKWARD)
     with using(name, config):
-        _call(KINDS[name].pattern, *qkv)
+        out = _call(kind.pattern, *qkv.unbind(0))
+        if out.requires_grad:
+            torch.autograd.grad(out.sum(), qkv)
 
 
 def _call(pattern: AttentionPattern | SparsePattern, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from benchmarks.kernel_op import Case
 from benchmarks.kernel_roofline import ceilings_of
 from benchmarks.kernel_sweep_ops import SWEPT, Given, Rows, Swept, with_tiles
 from benchmarks.kernel_timing import Run, Series, capture, first_line
-from kernels.moe_config import MoELaunch, MoESize, ProductLaunch
+from kernels.moe_config import MoELaunch, MoESize, ProductLaunch, rule
 
 SAMPLES = 5
 COMPILERS = 12  # processes; what they compile stays in Triton's cache on disk
@@ -91,14 +91,19 @@ def sweep(
     sets = draw_sets(swept.op, case, "cuda")
     h_RF, y_RD = swept.wanted(sets[0])
     head = {"model": shape.name, "tokens": num_tokens}
+    size = MoESize(shape.num_experts, shape.num_chosen, shape.width, shape.hidden, swept.dtype)
     best: tuple[float, MoELaunch] | None = None
-    for block_rows in _tile_rows(num_tokens * shape.num_chosen / shape.num_experts):
+    for block_rows in _tile_rows(size, num_tokens):
         tiled = [with_tiles(inputs, block_rows) for inputs in sets]
-        pair = []
+        pair: list[ProductLaunch | None] = []
         for name, want in (("up", h_RF), ("down", y_RD)):
             tried = ways(swept, name, block_rows)
             tell = partial(_tell, say, head)
-            pair.append(_fastest(swept, tried, tiled, (h_RF, want), ends_s, tell))
+            pair.append(
+                rule(size, num_tokens, block_rows).up  # not used: both products are one launch
+                if size.is_narrow
+                else _fastest(swept, tried, tiled, (h_RF, want), ends_s, tell)
+            )
         up, down = pair
         if up is None or down is None:
             continue
@@ -110,15 +115,17 @@ def sweep(
                 best = us, config
     if best is None:
         return None
-    size = MoESize(shape.num_experts, shape.num_chosen, shape.width, shape.hidden, swept.dtype)
     ceilings, works = ceilings_of("cuda"), [swept.op.work(inputs) for inputs in sets]
     least_us = sum(work.least_us(ceilings) for work in works) / len(works) if ceilings else math.nan
     figures = {"us": round(best[0], 2), "fraction": round(least_us / best[0], 3)}
     return {**size.fields(), "tokens": num_tokens, **asdict(best[1]), **figures}
 
 
-def _tile_rows(mean: float) -> list[int]:
-    """Return the tiles that are tried: those that hold the mean load, and twice that."""
+def _tile_rows(size: MoESize, num_tokens: int) -> list[int]:
+    """Return the tiles that are tried: all, or those that hold the mean load, and twice that."""
+    if size.is_narrow:
+        return [16, 32, 64, MAX_ROWS]
+    mean = num_tokens * size.num_chosen / size.num_experts
     least = min(MAX_ROWS, max(16, 1 << max(0, math.ceil(mean) - 1).bit_length()))
     return [least] if mean < 8 or least == MAX_ROWS else [least, 2 * least]
 

@@ -14,16 +14,17 @@ from benchmarks.kernel_moe import MOE, MOE_SIZES, MoEShape, draw_moe
 from benchmarks.kernel_moe_fp8 import FP8_SIZES, MOE_FP8, Float8Inputs, draw_moe_fp8
 from benchmarks.kernel_moe_inputs import MoEInputs
 from benchmarks.kernel_op import Op
-from kernels._triton import fused_moe, fused_moe_fp8
+from kernels._triton import fused_moe, fused_moe_fp8, fused_moe_narrow
 from kernels.fused_moe_fp8 import E4M3, RUN, quantize_rows
-from kernels.moe_config import MoELaunch
+from kernels.moe_config import MoELaunch, MoESize
 from kernels.routing import route
 
 Given = MoEInputs | Float8Inputs
 Pair = tuple[Tensor, Tensor]  # values and scales
 Rows = Tensor | Pair
-Values = tuple[int, int, int, int, bool, int, bool]  # of a ProductLaunch
-# block_n (of gate and of up each), block_k, num_warps, num_stages, swap, group, persistent
+Cut = tuple[int, int, int, int, bool, int, bool]
+Values = Cut | tuple[int, int, int, int, bool, int, bool, bool]  # of a ProductLaunch
+# block_n (of gate and of up each), block_k, num_warps, num_stages, swap, group, persistent, halves
 FEW: Sequence[Values] = (
     (32, 128, 4, 3, True, 1, False),
     (32, 128, 4, 5, True, 1, False),
@@ -46,13 +47,15 @@ SOME: Sequence[Values] = (
 )
 MANY: Sequence[Values] = (
     (128, 64, 8, 4, False, 8, False),
+    (128, 64, 8, 4, False, 8, False, True),
+    (128, 64, 8, 4, False, 4, False, True),
+    (128, 64, 8, 4, False, 16, False, True),
+    (128, 128, 8, 2, False, 8, False, True),
     (128, 64, 8, 3, False, 8, True),
     (128, 64, 8, 4, False, 8, True),
     (128, 64, 8, 4, False, 16, True),
     (128, 64, 8, 4, False, 4, True),
     (64, 64, 4, 3, False, 8, False),
-    (64, 64, 8, 3, False, 8, False),
-    (64, 128, 8, 3, False, 8, False),
 )
 RUNS_FEW: Sequence[Values] = (
     (RUN, RUN, 4, 2, True, 1, False),
@@ -67,9 +70,11 @@ RUNS_SOME: Sequence[Values] = (
 )
 RUNS_MANY: Sequence[Values] = (
     (RUN, RUN, 8, 4, False, 8, False),
-    (RUN, RUN, 8, 4, False, 8, True),
     (RUN, RUN, 8, 3, False, 8, False),
+    (RUN, RUN, 8, 3, False, 8, True),
+    (RUN, RUN, 8, 4, False, 8, True),
     (RUN, RUN, 8, 4, False, 16, True),
+    (RUN, RUN, 8, 4, False, 4, True),
 )
 
 
@@ -149,6 +154,15 @@ def _pairs(inputs: Float8Inputs) -> tuple[Pair, Pair, Pair]:
     return (inputs.x, inputs.x_scale), gate_up, (experts.down_EDF, experts.down_scale)
 
 
+def _whole(given: MoEInputs, config: MoELaunch) -> Tensor:
+    num_experts, width, hidden = given.down.shape
+    num_chosen = given.routing.rows_TK.shape[1]
+    size = MoESize(num_experts, num_chosen, width, hidden, given.down.dtype)
+    form = fused_moe_narrow if size.is_narrow else fused_moe
+    out_TD: Tensor = form.launch(given.x, given.gate_up, given.down, given.routing, config)
+    return out_TD
+
+
 SWEPT = {
     "moe": Swept(
         op=MOE,
@@ -156,16 +170,14 @@ SWEPT = {
         dtype=torch.bfloat16,
         ways={16: FEW, 32: FEW, 64: SOME, 128: MANY},
         wider={"up": 1, "down": 2},
-        down={},
+        down={"halves": False},
         draw=draw_moe,
         wanted=torch_rows,
         up=lambda given, config: fused_moe.launch_up(given.x, given.gate_up, given.routing, config),
         rows=lambda given, h_RF, config: fused_moe.launch_down(
             h_RF, given.down, given.routing, config
         ),
-        whole=lambda given, config: fused_moe.launch(
-            given.x, given.gate_up, given.down, given.routing, config
-        ),
+        whole=_whole,
         seen=_wide,
         most_error=0.01,  # rounding to bfloat16 alone is .002
         most_difference=0.05,
@@ -176,7 +188,7 @@ SWEPT = {
         dtype=E4M3,
         ways={16: RUNS_FEW, 32: RUNS_FEW, 64: RUNS_SOME, 128: RUNS_MANY},
         wider={"up": 1, "down": 1},
-        down={"persistent": False},  # its loops do not become one
+        down={},
         draw=draw_moe_fp8,
         wanted=_quantized_rows,
         up=lambda given, config: fused_moe_fp8.launch_up(

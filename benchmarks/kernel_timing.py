@@ -19,10 +19,10 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
-SAMPLE_S, SERIES_S = 5e-3, 0.5  # of one sample at least; of all samples about
-MAX_SAMPLES, MIN_SAMPLES = 30, 5
+SAMPLE_S, SERIES_S = 5e-3, 0.25  # of one sample at least; of all samples about
+MAX_SAMPLES, MIN_SAMPLES = 30, 3
 CPU_SAMPLES = 5  # where the figures only prove that the harness works
-WARM_UPS = 2
+WARM_UPS, WARM_UP_S = 3, 0.1  # runs, fewer if they take longer; the last of them is timed
 
 
 class NotCapturedError(Exception):
@@ -54,6 +54,7 @@ class Series:
         run: Makes some calls.
         num_calls: How many.
         device: Where.
+        warm_us: Time of a call at the end of the warm-up.
     """
 
     run: Run
@@ -61,6 +62,7 @@ class Series:
     device: str
     repeats: int = 1
     num_samples: int = CPU_SAMPLES
+    warm_us: float = 0.0
     samples_us: list[float] = field(default_factory=list)
 
     def warm_up(self) -> None:
@@ -68,9 +70,12 @@ class Series:
         if not is_gpu(self.device):
             self.run()
             return
+        began_s = time.monotonic()
         for _ in range(WARM_UPS):
-            self.run()
-        seconds = max(self._sample_us() * self.num_calls / 1e6, 1e-7)
+            self.warm_us = self._sample_us()
+            if time.monotonic() - began_s > WARM_UP_S:
+                break
+        seconds = max(self.warm_us * self.num_calls / 1e6, 1e-7)
         self.repeats = max(1, math.ceil(SAMPLE_S / seconds))
         affordable = int(SERIES_S / (seconds * self.repeats))
         self.num_samples = min(MAX_SAMPLES, max(MIN_SAMPLES, affordable))
@@ -111,9 +116,11 @@ class Series:
             self.run()
 
 
-def alternate(series: Sequence[Series]) -> None:
-    """Take all samples of all series, one of each in turn."""
-    for _ in range(max((each.num_samples for each in series), default=0)):
+def alternate(series: Sequence[Series], ends_s: float = math.inf) -> None:
+    """Take all samples of all series, one of each in turn; the least number past the time."""
+    for count in range(max((each.num_samples for each in series), default=0)):
+        if count >= MIN_SAMPLES and time.monotonic() > ends_s:
+            break
         for each in series:
             each.sample()
 

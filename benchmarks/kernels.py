@@ -4,6 +4,9 @@ A row for each case and each who runs it: time eager and inside a CUDA graph, la
 least time of the device, largest error.  Our rows are judged by ``kernel_aims``.  Peers are used
 where they can be imported; a folder of unpacked wheels on PYTHONPATH is enough.
 
+All ops come first without those peers that compile for seconds, then with them alone: a run that
+is cut off has the rest.  The time is shared by the number of cases.
+
 On a GPU each op runs in a process of its own: an op that breaks the device, or compiles beyond
 its time, costs its own rows alone.  On a CPU tiny shapes prove that the harness works; their
 times mean nothing.
@@ -15,7 +18,7 @@ import multiprocessing
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -67,13 +70,11 @@ def main(args: argparse.Namespace) -> int:
     names = [name for name in OPS if not args.op or name in args.op]
     rows: list[Row] = []
     sys.stdout.write(_line({name: name for name in COLUMNS}) + "\n")
-    for position, name in enumerate(names):
-        left_s = max(0.0, args.seconds - (time.monotonic() - began_s))
-        for row in _rows_of(name, args.device, left_s / (len(names) - position)):
-            append_row(args.results or RESULTS, "kernels", row)
-            sys.stdout.write(f"{_line(row)}  {row['note']}".rstrip() + "\n")
-            sys.stdout.flush()
-            rows.append(row)
+    for row in _all_rows(names, args.device, args.seconds):
+        append_row(args.results or RESULTS, "kernels", row)
+        sys.stdout.write(f"{_line(row)}  {row['note']}".rstrip() + "\n")
+        sys.stdout.flush()
+        rows.append(row)
     verdicts = judge(rows)
     for each in verdicts:
         sys.stdout.write(f"{_case(each)}: {each['aim']}: {each['value']}, {each['verdict']}\n")
@@ -91,23 +92,33 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _rows_of(name: str, device: str, seconds: float) -> Iterator[Row]:
+def _all_rows(names: Sequence[str], device: str, seconds: float) -> Iterator[Row]:
+    """Yield the rows of all ops, those of compiled peers last."""
+    ends_s = time.monotonic() + seconds
     run = run_apart if is_gpu(device) else _run_here
-    return run(name, device, seconds)
+    for is_compiled in (False, True):
+        parts = [name for name in names if OPS[name].rivals(is_compiled=is_compiled)]
+        counts = [len(OPS[name].cases(device)) for name in parts]
+        for position, name in enumerate(parts):
+            left_s = max(0.0, ends_s - time.monotonic())
+            share_s = left_s * counts[position] / sum(counts[position:])
+            yield from run(name, device, share_s, is_compiled=is_compiled)
 
 
-def _run_here(name: str, device: str, seconds: float) -> Iterator[Row]:
-    return measure_op(OPS[name], device, seconds)
+def _run_here(name: str, device: str, seconds: float, *, is_compiled: bool) -> Iterator[Row]:
+    return measure_op(OPS[name], device, seconds, is_compiled=is_compiled)
 
 
-def run_apart(name: str, device: str, seconds: float) -> Iterator[Row]:
+def run_apart(name: str, device: str, seconds: float, *, is_compiled: bool) -> Iterator[Row]:
     """Yield the rows of an op from a process of its own, which is killed past its time.
 
     What ended it early is a row.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send_rows, args=(name, device, seconds, sender))
+    process = context.Process(
+        target=_send_rows, args=(name, device, seconds, sender), kwargs={"is_compiled": is_compiled}
+    )
     process.start()
     sender.close()
     ends_s, is_over = time.monotonic() + seconds + GRACE_S, False
@@ -126,8 +137,10 @@ def run_apart(name: str, device: str, seconds: float) -> Iterator[Row]:
         yield _ended(name, device, f"its process ended with {process.exitcode}")
 
 
-def _send_rows(name: str, device: str, seconds: float, sender: Connection) -> None:
-    for row in _run_here(name, device, seconds):
+def _send_rows(
+    name: str, device: str, seconds: float, sender: Connection, *, is_compiled: bool
+) -> None:
+    for row in _run_here(name, device, seconds, is_compiled=is_compiled):
         sender.send(row)
     sender.close()
 

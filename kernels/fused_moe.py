@@ -48,8 +48,8 @@ def fused_moe(
 
     Returns:
         [T, D], dtype of ``x_TD``, differentiable in all but the order.  Products and the sum over
-        choices are accumulated in float32; the hidden row and each expert's output are rounded to the dtype of ``x_TD`` (not in the
-        reference).  A run with the same inputs gives the same bits.
+        choices are accumulated in float32; the hidden row and each expert's output (of a narrow
+        layer each part of it) are rounded to the dtype of ``x_TD`` (not in the reference).  A run with the same inputs gives the same bits.
 
     Raises:
         ValueError: A shape, dtype or layout disagrees with the above.
@@ -105,10 +105,13 @@ class _FusedMoE(torch.autograd.Function):
 
 
 def _launch(x_TD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, routing: Routing) -> Tensor:
-    from kernels._triton.fused_moe import launch  # noqa: PLC0415 - Triton is optional
+    from kernels._triton import fused_moe, fused_moe_narrow  # noqa: PLC0415 - Triton is optional
 
-    config = moe_launch(_size(routing.rows_TK.shape[1], down_EDF), len(x_TD), routing.block_rows)
-    return launch(x_TD, gate_up_EGD, down_EDF, routing, config)
+    size = _size(routing.rows_TK.shape[1], down_EDF)
+    config = moe_launch(size, len(x_TD), routing.block_rows)
+    form = fused_moe_narrow if size.is_narrow else fused_moe
+    out_TD: Tensor = form.launch(x_TD, gate_up_EGD, down_EDF, routing, config)
+    return out_TD
 
 
 def _size(num_chosen: int, down_EDF: Tensor) -> MoESize:

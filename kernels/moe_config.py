@@ -25,6 +25,7 @@ NUM_CORES = 132  # multiprocessors of a Hopper GPU
 MIN_BLOCK = 16  # smallest dimension of a matrix product
 SMALL_ROWS = 32  # up to here the weights are the left operand
 LEFT_ROWS = 64  # of the left operand of wgmma
+NARROW, NARROW_HIDDEN = 128, 256  # widths of which a program holds whole rows
 
 
 class MoESize(NamedTuple):
@@ -35,6 +36,12 @@ class MoESize(NamedTuple):
     width: int
     hidden: int
     dtype: torch.dtype
+
+    @property
+    def is_narrow(self) -> bool:
+        """Tell whether both products are one launch; float32 takes three products."""
+        is_held = self.width <= NARROW and self.hidden <= NARROW_HIDDEN
+        return is_held and self.dtype.itemsize == 2
 
     def fields(self) -> dict[str, Any]:
         """Return what an entry of the data is found by."""
@@ -53,6 +60,8 @@ class ProductLaunch:
         swap: Weights are the left operand.
         group: Tiles that a block of columns is visited by before the next block.
         persistent: One program to a multiprocessor, which takes one place after the other.
+        halves: A tile that is at most half full is multiplied as half a tile; of the first
+            product, not persistent.
     """
 
     block_n: int
@@ -62,6 +71,7 @@ class ProductLaunch:
     swap: bool
     group: int
     persistent: bool = False
+    halves: bool = False
 
     def fitted(self, num_columns: int, inner: int) -> Self:
         """Return blocks no larger than the matrix needs."""

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._triton.attention_fold import key_blocks
 from kernels._triton.attention_tiles import (
     BLOCK_G,
     CHUNK,
@@ -31,7 +32,6 @@ from kernels._triton.attention_tiles import (
     LOG2_E,
     describe,
     fits,
-    key_blocks,
     launch_tiles,
 )
 from kernels._triton.numerics import dot

@@ -1,10 +1,9 @@
 """Triton form of ``kernels.attention`` for long sequences: tiles of one sequence, two launches.
 
-A program owns a tile of rows and one head.  Keys that all its rows see, most of a window, pass
-through a loop without masks; the two edges of the window and the global keys through a second
-one.  The few global rows see all keys, which would make them the tail of the launch: their keys
-are cut into chunks, a program each, and a second launch joins the chunks.  Rows of another
-sequence are never loaded, so a NaN cannot reach it.
+A program owns a tile of rows and one head; ``attention_fold`` walks over their keys.  The few
+global rows see all keys, which would make them the tail of the launch: their keys are cut into
+chunks, a program each, and a second launch joins the chunks.  Rows of another sequence are never
+loaded, so a NaN cannot reach it.
 
 Legend: Q rows of a tile, K keys of a block, G global rows of a tile, C chunks, H heads, d width.
 """
@@ -18,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels._triton.numerics import dot
+from kernels._triton.attention_fold import fold_keys, key_blocks
 from kernels._triton.tiles import find_tile, row_offsets, store_rows
 from kernels.attention import AttentionPattern
 from kernels.attention_config import tiles
@@ -30,114 +29,6 @@ MAX_ROW_BYTES = 256  # wider rows spill
 MIN_MEAN_LENGTH = 128  # shorter sequences share tiles in the packed form
 JOINED_ROWS = 8
 LOG2_E = math.log2(math.e)
-
-
-@triton.jit
-def fold(
-    q_Qd: tl.tensor,
-    k_Kd: tl.tensor,
-    v_Kd: tl.tensor,
-    seen_QK: tl.tensor,
-    peak_Q: tl.tensor,
-    total_Q: tl.tensor,
-    sum_Qd: tl.tensor,
-    scale: tl.tensor,
-    MASKED: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Add a block of keys to the running softmax in base 2: peak, total and weighted sum."""
-    score_QK = dot(q_Qd, k_Kd.T, tl.zeros((q_Qd.shape[0], k_Kd.shape[0]), tl.float32))
-    if MASKED:
-        score_QK = tl.where(seen_QK, score_QK, -float("inf"))
-    new_peak_Q = tl.maximum(peak_Q, tl.max(score_QK, axis=1) * scale)
-    shift_Q = new_peak_Q
-    if MASKED:  # a row may have seen nothing yet
-        shift_Q = tl.where(new_peak_Q == -float("inf"), 0.0, new_peak_Q)
-    weight_QK = tl.exp2(score_QK * scale - shift_Q[:, None])
-    decay_Q = tl.exp2(peak_Q - shift_Q)
-    total_Q = total_Q * decay_Q + tl.sum(weight_QK, axis=1)
-    sum_Qd = dot(weight_QK.to(v_Kd.dtype), v_Kd, sum_Qd * decay_Q[:, None])
-    return new_peak_Q, total_Q, sum_Qd
-
-
-@triton.jit
-def key_blocks(
-    first: tl.tensor,
-    last: tl.tensor,
-    n: tl.tensor,
-    num_global: tl.tensor,
-    HALF: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """What rows first to last may see besides global keys, and what all of them see.
-
-    The first key, the end, the number of blocks; of the blocks seen whole the first and the end.
-    """
-    low, high = num_global * 0, n
-    full_low, full_high = low, high
-    if HALF >= 0:
-        low = tl.maximum(num_global, first - HALF)
-        high = tl.minimum(n, last + HALF + 1)
-        full_low = tl.maximum(low, last - HALF)
-        full_high = tl.maximum(low, tl.minimum(high, first + HALF + 1))
-    full_begin = tl.cdiv(full_low - low, BLOCK_K)
-    full_end = tl.maximum(full_begin, (full_high - low) // BLOCK_K)
-    return low, high, tl.cdiv(high - low, BLOCK_K), full_begin, full_end
-
-
-@triton.jit
-def _fold_keys(
-    q_Qd: tl.tensor,
-    first: tl.tensor,
-    start: tl.tensor,
-    k_rows: tl.tensor,
-    v_rows: tl.tensor,
-    column: tl.tensor,
-    num_global: tl.tensor,
-    low: tl.tensor,
-    high: tl.tensor,
-    full_begin: tl.tensor,
-    full_end: tl.tensor,
-    scale: tl.tensor,
-    HALF: tl.constexpr,
-    ALONE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Softmax of a tile over the first ``num_global`` keys and those from low to high."""
-    BLOCK_Q: tl.constexpr = q_Qd.shape[0]
-    peak_Q = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
-    total_Q = tl.zeros((BLOCK_Q,), tl.float32)
-    sum_Qd = tl.zeros((BLOCK_Q, q_Qd.shape[1]), tl.float32)
-    for block in tl.range(full_begin, full_end):
-        row = low + block * BLOCK_K
-        k_Kd = k_rows.load([row, column])
-        v_Kd = v_rows.load([row, column])
-        peak_Q, total_Q, sum_Qd = fold(
-            q_Qd, k_Kd, v_Kd, True, peak_Q, total_Q, sum_Qd, scale, False
-        )
-    num_global_blocks = tl.cdiv(num_global, BLOCK_K)
-    num_others = tl.cdiv(high - low, BLOCK_K) - full_end + full_begin
-    for turn in tl.range(num_global_blocks + num_others, disable_licm=True):
-        block = turn - num_global_blocks
-        block = tl.where(block < full_begin, block, block - full_begin + full_end)
-        is_global = turn < num_global_blocks
-        key = tl.where(is_global, start + turn * BLOCK_K, low + block * BLOCK_K)
-        end = tl.where(is_global, start + num_global, high)
-        k_Kd = k_rows.load([key, column])
-        v_Kd = v_rows.load([key, column])
-        if not ALONE:  # what is not finite in a stranger's row would turn 0 * x into NaN
-            inside_K = key + tl.arange(0, BLOCK_K) < end
-            v_Kd = tl.where(inside_K[:, None], v_Kd, 0.0)
-        each_1K = tl.arange(0, BLOCK_K)[None, :]
-        if HALF < 0:
-            seen_QK = each_1K < end - key
-        else:
-            reach = tl.where(is_global, 1 << 30, HALF)
-            near_Q = first - key + tl.arange(0, BLOCK_Q)
-            seen_QK = (tl.abs(near_Q[:, None] - each_1K) <= reach) & (each_1K < end - key)
-        peak_Q, total_Q, sum_Qd = fold(
-            q_Qd, k_Kd, v_Kd, seen_QK, peak_Q, total_Q, sum_Qd, scale, True
-        )
-    return peak_Q, total_Q, sum_Qd
 
 
 @triton.jit(do_not_specialize=["lse_stride", "num_sequences", "num_halvings", "num_global_slots"])
@@ -162,6 +53,8 @@ def _tiles_kernel(
     HALF: tl.constexpr,  # half the window, -1 = full
     NUM_GLOBAL: tl.constexpr,
     ALONE: tl.constexpr,
+    LOOP: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
     WITH_LSE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -182,7 +75,7 @@ def _tiles_kernel(
         if (low < n) & (num_rows > 0):
             high = tl.minimum(low + CHUNK, n)
             q_Gd = global_rows.load([start + first, head * stride_h])
-            peak_G, total_G, sum_Gd = _fold_keys(
+            peak_G, total_G, sum_Gd = fold_keys(
                 q_Gd,
                 start + first,
                 start,
@@ -197,6 +90,8 @@ def _tiles_kernel(
                 scale,
                 -1,
                 ALONE,
+                LOOP,
+                IN_REGISTERS,
                 BLOCK_K,
             )
             row_G = tl.arange(0, BLOCK_G)
@@ -228,7 +123,7 @@ def _tiles_kernel(
             low, high, _, full_begin, full_end = key_blocks(
                 first, last, n, num_global, HALF, BLOCK_K
             )
-            peak_Q, total_Q, sum_Qd = _fold_keys(
+            peak_Q, total_Q, sum_Qd = fold_keys(
                 q_Qd,
                 start + first,
                 start,
@@ -243,6 +138,8 @@ def _tiles_kernel(
                 scale,
                 HALF,
                 ALONE,
+                LOOP,
+                IN_REGISTERS,
                 BLOCK_K,
             )
             out_base = out_ptr + ((start + first).to(tl.int64) * H + head) * D
@@ -385,6 +282,8 @@ def launch_tiles(
         LOG2_E * width**-0.5,
         HALF=half,
         ALONE=num_sequences == 1,
+        LOOP=config.loop,
+        IN_REGISTERS=config.queries_in_registers,
         BLOCK_Q=config.block_q,
         BLOCK_K=config.block_k,
         **config.options(),

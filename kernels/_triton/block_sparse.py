@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels._triton import compress
-from kernels._triton.attention_tiles import LOG2_E, MIN_WIDTH, describe, fold, is_aligned
+from kernels._triton.attention_fold import fold
+from kernels._triton.attention_tiles import LOG2_E, MIN_WIDTH, describe, is_aligned
 from kernels._triton.block_sparse_choice import launch_choice
 from kernels._triton.numerics import dot
 from kernels._triton.tiles import find_tile, row_offsets, store_rows
@@ -158,6 +159,8 @@ def launch(
     padded, num_sequences = q.shape[2], cu_seqlens.numel() - 1
     with_far = pattern.far == "pooled"
     config = tiles()["pooled" if with_far else "sparse"]
+    if num_sequences > 1:  # values of strangers are cut out in registers: a bound would spill them
+        config = config._replace(max_registers=0)
     pooled_k = compress.launch(k, cu_seqlens, pattern.pool)
     pooled_v = compress.launch(v, cu_seqlens, pattern.pool) if with_far else pooled_k
     choice = launch_choice(q, pooled_k, cu_seqlens, pattern)

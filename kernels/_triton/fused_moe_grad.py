@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.fused_moe import sum_choices
+from kernels._triton.combine import sum_choices
 from kernels._triton.numerics import dot
 from kernels.routing import Routing
 
@@ -268,5 +268,6 @@ def launch(
     is_own_TK = routing.tokens_R[rows].view_as(routing.rows_TK) == token_T1  # idle ones own no row
     is_own_TK &= routing.rows_TK < routing.ends_E[-1]
     dx_TD = sum_choices(dx_RD, is_own_TK.to(weights.dtype), routing.rows_TK, chained=False)
+    dx_TD.masked_fill_(~is_own_TK.any(dim=1, keepdim=True), 0.0)  # rows that nobody wrote
     dw_TK = dw_RB.sum(dim=1)[rows].view_as(routing.rows_TK)
     return dx_TD, dgate_up_EGD, ddown_EDF, dw_TK.masked_fill(~is_own_TK, 0.0)

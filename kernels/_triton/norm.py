@@ -1,5 +1,10 @@
 """Triton form of ``kernels.norm``: one read of each input, one write of each output.
 
+Measured on an H200 (2026-11-28) with loads that the first-level cache was to evict first, 16,384
+rows of 4,096: 140.0 us, .898 of the bandwidth, and .900 to .912 with 8 to 32 elements a thread;
+in 8 bits 121.9 us; 4,096 rows of 2,048: 18.1 us.  Liger Kernel's loads have no such hint and took
+133.2 us, so these have none either; not measured yet.
+
 Legend: T rows of a block, D model, S scaled runs of 128 columns.
 """
 
@@ -39,16 +44,14 @@ def _add_rmsnorm_kernel(
     if BLOCK_T == 1 and BLOCK_D == D:  # every program has its row, so nothing is masked
         inside_TD = tl.full((BLOCK_T, BLOCK_D), True, tl.int1)
     offset_TD = row_T[:, None] * D + column_D[None, :]
-    weight_D = tl.load(weight_ptr + column_D, mask=column_D < D, other=0.0)
-    x_TD = tl.load(x_ptr + offset_TD, mask=inside_TD, other=0.0, eviction_policy="evict_first")
+    x_TD = tl.load(x_ptr + offset_TD, mask=inside_TD, other=0.0)
     sum_TD = x_TD.to(tl.float32)
     if HAS_RESIDUAL:
-        residual_TD = tl.load(
-            residual_ptr + offset_TD, mask=inside_TD, other=0.0, eviction_policy="evict_first"
-        )
+        residual_TD = tl.load(residual_ptr + offset_TD, mask=inside_TD, other=0.0)
         rounded_TD = (sum_TD + residual_TD.to(tl.float32)).to(summed_ptr.dtype.element_ty)
         tl.store(summed_ptr + offset_TD, rounded_TD, mask=inside_TD)
         sum_TD = rounded_TD.to(tl.float32)
+    weight_D = tl.load(weight_ptr + column_D, mask=column_D < D, other=0.0)
     scale_T = tl.rsqrt(tl.sum(sum_TD * sum_TD, axis=1) / D + eps)
     normed_TD = sum_TD * scale_T[:, None] * weight_D.to(tl.float32)[None, :]
     if IS_QUANTISED:

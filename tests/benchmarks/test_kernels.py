@@ -16,15 +16,22 @@ from torch import Tensor
 from apps.bench_commands import KERNEL_OPS
 from benchmarks import kernel_roofline as roofline
 from benchmarks import kernels
-from benchmarks.kernel_aims import AIMS, Aim, judge
+from benchmarks.kernel_aims import AIMS, Aim, is_aimed, judge
 from benchmarks.kernel_attention_peers import flex_mask
-from benchmarks.kernel_measure import ROW_NAMES, TIME_OVER, draw_sets, measure_case, measure_op
+from benchmarks.kernel_measure import (
+    ROW_NAMES,
+    TIME_OVER,
+    aimed_first,
+    draw_sets,
+    measure_case,
+    measure_op,
+)
 from benchmarks.kernel_moe import MOE, QWEN3, draw_logits
 from benchmarks.kernel_moe_peers import padded_places
 from benchmarks.kernel_norm import NORM, NormInputs
 from benchmarks.kernel_op import OURS, AbsentError, Call, Peer, spread_rows
 from benchmarks.kernel_roofline import H200
-from benchmarks.kernel_timing import Series, alternate, in_turn
+from benchmarks.kernel_timing import MIN_SAMPLES, Series, alternate, in_turn
 from cluster.errors import ConfigurationError
 from kernels.attention import FULL, AttentionPattern, visible
 from kernels.routing import route
@@ -156,6 +163,13 @@ def test_rivals_are_sampled_in_turn() -> None:
     assert "".join(seen) == "ababaaa"
 
 
+def test_a_case_past_its_time_takes_the_least_number_of_samples() -> None:
+    seen: list[str] = []
+    series = [Series(lambda name=name: seen.append(name), 1, "cpu") for name in "ab"]  # type: ignore[misc]
+    alternate(series, ends_s=0.0)
+    assert "".join(seen) == "ab" * MIN_SAMPLES
+
+
 def test_a_timing_is_the_median_and_the_middle_of_its_samples() -> None:
     series = Series(lambda: None, 1, "cpu", samples_us=[10.0, 9.0, 11.0, 12.0, 50.0, 8.0])
     timing = series.timing()
@@ -269,9 +283,22 @@ def test_data_that_cannot_be_drawn_is_in_the_rows_of_all() -> None:
 
 
 def test_what_is_not_begun_in_time_is_said() -> None:
-    rows = list(measure_op(MOE, "cpu", seconds=0.0))
-    assert len(rows) == len(MOE.cases("cpu")) * len(MOE.peers)
-    assert {row["note"] for row in rows} == {TIME_OVER}
+    for is_compiled in (False, True):
+        rows = list(measure_op(MOE, "cpu", seconds=0.0, is_compiled=is_compiled))
+        assert len(rows) == len(MOE.cases("cpu")) * len(MOE.rivals(is_compiled=is_compiled))
+        assert {row["note"] for row in rows} == {TIME_OVER}
+
+
+def test_cases_that_an_aim_speaks_of_come_first() -> None:
+    backwards = replace(NORM, cases=lambda device: NORM.cases(device)[::-1])
+    cases = aimed_first(backwards, "cuda")
+    assert [is_aimed("norm", case.model, case.size) for case in cases] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert {case.model for case in cases} == {case.model for case in NORM.cases("cuda")}
 
 
 def arguments(folder: Path, **changed: object) -> argparse.Namespace:
@@ -321,19 +348,19 @@ def test_a_missing_gpu_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_op_in_a_process_of_its_own_gives_its_rows() -> None:
-    rows = list(kernels.run_apart("norm", "cpu", 60.0))
-    assert [row["who"] for row in rows] == [peer.name for peer in NORM.peers]
+    rows = list(kernels.run_apart("norm", "cpu", 60.0, is_compiled=False))
+    assert [row["who"] for row in rows] == [peer.name for peer in NORM.rivals(is_compiled=False)]
     assert tuple(rows[0]) == ROW_NAMES
 
 
 @pytest.mark.slow
 def test_a_process_that_dies_is_a_row() -> None:
-    (row,) = kernels.run_apart("no_such_op", "cpu", 60.0)
+    (row,) = kernels.run_apart("no_such_op", "cpu", 60.0, is_compiled=False)
     assert (row["op"], row["note"]) == ("no_such_op", "its process ended with 1")
 
 
 @pytest.mark.slow
 def test_a_process_beyond_its_time_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "GRACE_S", 0.1)  # it has not even imported torch by then
-    (row,) = kernels.run_apart("norm", "cpu", 0.1)
+    (row,) = kernels.run_apart("norm", "cpu", 0.1, is_compiled=False)
     assert row["note"] == "stopped after 0 s"

@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ from kernels._triton import (
     fused_moe,
     fused_moe_fp8,
     fused_moe_grad,
+    fused_moe_narrow,
     norm,
     routing,
     swiglu,
@@ -50,6 +52,7 @@ from kernels.trees import TreeEnsemble
 
 Launch = dict[str, Any]  # signature, constants, configs, num_warps, num_stages, ...
 TARGET = GPUTarget("cuda", 90, 32)
+NUM_PROCESSORS = 132  # of an H200: the router has a program on each
 
 
 class Shape(NamedTuple):
@@ -110,13 +113,18 @@ class Job(NamedTuple):
 
 
 class Recorder:
-    """Cache hook: notes what would be launched, and cancels the launch."""
+    """Cache hook: notes what would be launched for the first time, and cancels the launch."""
 
     def __init__(self) -> None:
         self.shape = ""
         self.jobs: list[Job] = []
+        self.known: set[tuple[str, str]] = set()
 
     def __call__(self, *, fn: JitFunctionInfo, compile: Launch, **_: object) -> bool:  # noqa: A002
+        identity = (fn.module + fn.name, compile["key"])
+        if identity in self.known:
+            return True
+        self.known.add(identity)
         source = ASTSource(
             fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0]
         )
@@ -153,19 +161,19 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def launch_routing(shape: Shape) -> Routing:
-    """Launch the router in every form, of few tokens and of many; return the last routing."""
+    """Launch the router alone, with a tile for each program and with several; return a routing."""
     t, d, _, e = shape[:4]
     router_ED, num_valid = empty(e, d), empty(1, dtype=torch.int32)
     sizes = (empty(e), shape.chosen, shape.block_rows)
-    for num_tokens in (64, t):  # tiles of both sizes, at the processors of no device
+    many = (empty(4, e), *sizes[1:])  # biases of four tasks
+    for num_tokens in (8, 256, 16384):
         logits_TE, x_TD = empty(num_tokens, e), empty(num_tokens, d, dtype=shape.dtype)
-        routing.launch(logits_TE, *sizes, None, shape.groups, bias_rate=1e-3)
-        many = (empty(4, e), *sizes[1:])  # biases of four tasks
         owner_T = empty(num_tokens, dtype=torch.int32)
+        routing.launch(logits_TE, *sizes, None, shape.groups, bias_rate=1e-3)
         if fits_one_launch(router_ED):
-            routing.launch(x_TD, *sizes, num_valid, shape.groups, router_ED)
             routing.launch(x_TD, *many, num_valid, shape.groups, router_ED, owner_T=owner_T)
-        routing.launch(logits_TE, *many, num_valid, shape.groups, owner_T=owner_T)
+        else:
+            routing.launch(logits_TE, *many, num_valid, shape.groups, owner_T=owner_T)
     routed, _ = routing.launch(empty(t, e), *sizes, None, shape.groups)
     return routed
 
@@ -191,6 +199,11 @@ def launch_moe(shape: Shape, routed: Routing) -> None:
     for config in {*tuned, *(rule(size, t, rows) for rows in (16, 32, 64, 128))}:
         routing_ = routed._replace(block_rows=config.block_rows)
         fused_moe.launch(meta(t, d), *experts, routing_, config)
+        if size.is_narrow:
+            fused_moe_narrow.launch(meta(t, d), *experts, routing_, replace(config, chained=True))
+    halves = rule(size, t, 128)
+    halves = replace(halves, up=replace(halves.up, halves=True))
+    fused_moe.launch_up(meta(t, d), experts[0], routed._replace(block_rows=128), halves)
 
 
 def launch_moe_fp8(shape: Shape, routed: Routing) -> None:
@@ -265,6 +278,7 @@ def launch_trees(num_rows: int, num_trees: int, depth: int, num_features: int, w
 def main() -> None:
     driver.set_active(OfflineDriver())
     knobs.runtime.jit_cache_hook = RECORDER
+    vars(routing)["num_processors"] = lambda _: NUM_PROCESSORS
     for RECORDER.shape, shape in SHAPES.items():
         launch_all(shape)
     RECORDER.shape = "long"

@@ -27,6 +27,12 @@ PATTERNS = [
     small(0, 8, 0, "pooled"),
 ]
 OFFSETS = [[0, 61], [0, 0, 1, 41, 41, 44]]
+PAIRS = [  # a few of them quick; together they take 7 s in the interpreter
+    pytest.param(PATTERNS[number], offsets, marks=[] if is_quick else pytest.mark.slow)
+    for number in range(len(PATTERNS))
+    for offsets in OFFSETS
+    for is_quick in [(number, len(offsets)) in {(0, 6), (2, 2), (3, 6)}]
+]
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # the interpreter's
 TILE = TileConfig(16, 16, num_warps=4, num_stages=2)
 
@@ -51,8 +57,7 @@ def as_offsets(offsets: list[int], device: torch.device) -> Tensor:
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("offsets", OFFSETS, ids=str)
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize(("pattern", "offsets"), PAIRS, ids=str)
 def test_forms_agree(
     impl: Impl,
     offsets: list[int],
@@ -72,10 +77,9 @@ def test_narrow_numbers_and_odd_widths(
     impl: Impl, dtype: torch.dtype, width: int, device: torch.device, assert_near: NearCheck
 ) -> None:
     qkv, cu_seqlens = draw(45, device, dtype, width), as_offsets([0, 45], device)
-    for pattern in (PATTERNS[0], PATTERNS[3]):
-        got = block_sparse_attention(*qkv, cu_seqlens, pattern, impl=impl)
-        assert got.dtype == dtype
-        assert_near(got, block_sparse_attention(*qkv, cu_seqlens, pattern, impl="reference"))
+    got = block_sparse_attention(*qkv, cu_seqlens, PATTERNS[3], impl=impl)
+    assert got.dtype == dtype
+    assert_near(got, block_sparse_attention(*qkv, cu_seqlens, PATTERNS[3], impl="reference"))
 
 
 @pytest.mark.parametrize("impl", FORMS)
@@ -132,20 +136,21 @@ def test_later_queries_choose_alone_as_with_the_others() -> None:
 
 
 @pytest.mark.parametrize("impl", FORMS)
-@pytest.mark.parametrize("pattern", [PATTERNS[0], PATTERNS[3]], ids=str)
-@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    ("pattern", "broken"), [(PATTERNS[0], torch.inf), (PATTERNS[3], torch.nan)], ids=str
+)
 def test_broken_values_stay_inside_their_sequence(
     impl: Impl, pattern: SparsePattern, broken: float, device: torch.device
 ) -> None:
-    qkv, cu_seqlens = draw(45, device, torch.float32), as_offsets([0, 10, 31, 45], device)
+    qkv, cu_seqlens = draw(30, device, torch.float32), as_offsets([0, 6, 23, 30], device)
     whole = block_sparse_attention(*qkv, cu_seqlens, pattern, impl=impl)
     for tensor in qkv:
-        tensor[10] = broken
-        tensor[30] = broken
+        tensor[6] = broken
+        tensor[22] = broken
     got = block_sparse_attention(*qkv, cu_seqlens, pattern, impl=impl)
-    assert not got[10].isfinite().any()
-    assert torch.equal(got[:10], whole[:10])
-    assert torch.equal(got[31:], whole[31:])
+    assert not got[6].isfinite().any()
+    assert torch.equal(got[:6], whole[:6])
+    assert torch.equal(got[23:], whole[23:])
 
 
 @pytest.mark.parametrize("impl", FORMS)

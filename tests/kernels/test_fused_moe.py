@@ -1,15 +1,18 @@
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from kernels._triton import fused_moe_narrow
 from kernels._triton.fused_moe import launch
 from kernels.dispatch import Form, Impl
 from kernels.fused_moe import fused_moe, tile_rows
-from kernels.moe_config import MoELaunch, ProductLaunch
+from kernels.fused_moe_fp8 import E4M3
+from kernels.moe_config import MoELaunch, MoESize, ProductLaunch, rule
 from kernels.routing import Routing, route
 
 NearCheck = Callable[[Tensor, Tensor], None]
@@ -100,6 +103,53 @@ def test_every_cut_gives_the_same(
         assert_near(got, want)
 
 
+@pytest.mark.parametrize("block_rows", [16, 64, 128])
+@pytest.mark.parametrize(
+    ("num_tokens", "sizes"),
+    [
+        (0, (16, 8, 3, 1)),
+        (1, (24, 20, 8, 2)),
+        (37, (128, 192, 5, 2)),  # three parts, all full
+        (23, (100, 136, 3, 3)),  # the last part is not full, nor is the width
+    ],
+)
+def test_a_narrow_layer_is_the_same_in_two_launches(
+    block_rows: int,
+    num_tokens: int,
+    sizes: tuple[int, int, int, int],
+    device: torch.device,
+    assert_near: NearCheck,
+) -> None:
+    inputs = draw(num_tokens, sizes, device, torch.float16, block_rows)
+    size = MoESize(sizes[2], sizes[3], *sizes[:2], torch.float16)
+    assert size.is_narrow
+    got = fused_moe_narrow.launch(*inputs, rule(size, num_tokens, block_rows))
+    assert_near(got, exact(inputs).half())
+    assert torch.equal(got, fused_moe(*inputs, impl="triton"))
+
+
+def test_layers_are_narrow_whose_rows_a_program_holds() -> None:
+    size = MoESize(16, 2, 128, 192, torch.bfloat16)
+    assert size.is_narrow
+    for other in ({"width": 256}, {"hidden": 512}, {"dtype": torch.float32}, {"dtype": E4M3}):
+        assert not MoESize(**{**size._asdict(), **other}).is_narrow
+
+
+@pytest.mark.parametrize("num_tokens", [5, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tiles_that_are_half_full_give_the_same(
+    num_tokens: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    inputs = draw(num_tokens, (64, 48, 3, 2), device, dtype, block_rows=32)
+    load_E = inputs[3].load_E
+    assert bool(((load_E % 32 <= 16) & (load_E > 0)).any())
+    cut = ProductLaunch(16, 32, 4, 3, swap=False, group=2)
+    want, got = (
+        launch(*inputs, MoELaunch(32, replace(cut, halves=halves), cut)) for halves in (False, True)
+    )
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_error_is_that_of_a_few_roundings(
@@ -185,10 +235,20 @@ def test_gradients_agree(
         assert_near(got / norm, want / norm)
 
 
+new_empty = Tensor.new_empty
+
+
+def new_broken(tensor: Tensor, *shape: int, **options: torch.dtype) -> Tensor:
+    """Return a tensor of NaN, so that what nobody writes is seen."""
+    made: Tensor = new_empty(tensor, shape, dtype=options.get("dtype"))
+    return made.fill_(math.nan) if made.is_floating_point() else made
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_idle_tokens_have_no_gradient(
-    impl: Impl, device: torch.device, assert_near: NearCheck
+    impl: Impl, device: torch.device, assert_near: NearCheck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Tensor, "new_empty", new_broken)
     x, gate_up, down, _ = draw(21, (16, 12, 4, 2), device, torch.float32)
     logits_TE, bias_E = torch.randn(21, 4, device=device), torch.zeros(4, device=device)
     for count in (0, 13):

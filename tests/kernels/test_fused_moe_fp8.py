@@ -86,7 +86,11 @@ def test_each_product_agrees_with_the_formula(
 ) -> None:
     (x_TD, x_scale, experts, routing), _ = draw(num_tokens, sizes, device, block_rows)
     by_rule = moe_launch(MoESize(sizes[2], sizes[3], *sizes[:2], E4M3), num_tokens, block_rows)
-    config = replace(by_rule, up=replace(by_rule.up, persistent=is_persistent))
+    config = replace(
+        by_rule,
+        up=replace(by_rule.up, persistent=is_persistent),
+        down=replace(by_rule.down, persistent=is_persistent),
+    )
     gate_up = (experts.gate_up_EGD, experts.gate_up_scale)
     hidden = launch_up((x_TD, x_scale), gate_up, routing, config)
     y_RD = launch_down(
@@ -117,6 +121,16 @@ def test_result_is_near_that_of_the_weights_before(impl: Impl, device: torch.dev
 def test_no_tokens_give_none(device: torch.device) -> None:
     inputs, _ = draw(0, (128, 128, 3, 1), device)
     assert fused_moe_fp8(*inputs, impl="triton").shape == (0, 128)
+
+
+def test_hidden_rows_of_almost_nothing_are_zeros(device: torch.device) -> None:
+    (x_TD, x_scale, experts, routing), _ = draw(5, (128, 128, 2, 1), device)
+    x_scale *= 1e-20  # their product is below the least float32 whose inverse is finite
+    gate_up = (experts.gate_up_EGD, experts.gate_up_scale)
+    size = MoESize(2, 1, 128, 128, E4M3)
+    values, scale = launch_up((x_TD, x_scale), gate_up, routing, moe_launch(size, 5, 16))
+    assert not values.float().any()
+    assert bool((scale == 1.0).all())
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # numpy, under the interpreter
