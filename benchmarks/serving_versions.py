@@ -1,8 +1,6 @@
 """Case ``versions``: hot swap, canary and shadow of the shipped weights under load, one replica."""
 
 import asyncio
-import json
-import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.serving_joint_changes import ONE, SHIPPED, TWO, copies
 from benchmarks.serving_load import Outcome, capacity, fraud_requests, open_loop
 from benchmarks.serving_rig import Rig, deployed
 from cluster.client import Client
@@ -20,26 +19,12 @@ from cluster.loading import RegistrySource
 from cluster.registry import Registry
 from cluster.versions import Aliases
 
-SHIPPED = Path(__file__).resolve().parents[1] / "models" / "shared"
 RATE_S = 50.0
 ROWS = 5  # transactions of a request
 DEADLINE_MS = 2000.0
 CANARY_REQUESTS, CANARY_SHARE = 10_000, 0.1
 SWAP_EVERY_S = 6.0
 SHADOW_ROUNDS = 8  # the p99 of one round of 10 s strays by a tenth
-
-
-def copies(folder: Path) -> Registry:
-    """Put the shipped weights into a registry as two versions."""
-    for number in (1, 2):
-        target = folder / f"shared-{number}"
-        shutil.copytree(SHIPPED, target)
-        manifest = json.loads((target / "manifest.json").read_text("utf-8"))
-        manifest["version"] = target.name
-        (target / "manifest.json").write_text(json.dumps(manifest), "utf-8")
-    registry = Registry(str(folder))
-    registry.set_aliases(Aliases("shared-1"))
-    return registry
 
 
 async def _with_swaps(client: Client, registry: Registry, seconds: float) -> Outcome:
@@ -49,7 +34,7 @@ async def _with_swaps(client: Client, registry: Registry, seconds: float) -> Out
         while True:
             await asyncio.sleep(SWAP_EVERY_S)
             aliases = registry.aliases()
-            other = "shared-2" if aliases.stable == "shared-1" else "shared-1"
+            other = TWO if aliases.stable == ONE else ONE
             registry.set_aliases(Aliases(other))  # the other one is let go and loaded anew
 
     swapping = asyncio.create_task(swap())
@@ -61,7 +46,7 @@ async def _with_swaps(client: Client, registry: Registry, seconds: float) -> Out
 def run_versions(rig: Rig) -> dict[str, Any]:
     """Return p99 with and without swaps, the canary's share, and the shadow's cost."""
     with TemporaryDirectory(prefix="trimoe-versions-") as folder:
-        registry = copies(Path(folder))
+        registry = copies(SHIPPED, Path(folder))
         source = RegistrySource(registry, rig.device)
         with deployed(CoreReplica, source, gpus=rig.gpus) as client:
             patient = fraud_requests(ROWS, 60_000.0)
@@ -86,14 +71,14 @@ def run_versions(rig: Rig) -> dict[str, Any]:
 def _canary(
     registry: Registry, client: Client, ask: Callable[[float, float], Any]
 ) -> dict[str, Any]:
-    registry.set_aliases(Aliases("shared-1", canary="shared-2", canary_share=CANARY_SHARE))
-    _await_version(client, "shared-2")
+    registry.set_aliases(Aliases(ONE, canary=TWO, canary_share=CANARY_SHARE))
+    _await_version(client, TWO)
     rate = 100.0
     outcome: Outcome = asyncio.run(ask(rate, CANARY_REQUESTS / rate))
     answered = outcome.versions.total()
     return {
         "canary_requests": answered,
-        "canary_share": round(outcome.versions["shared-2"] / answered, 4),
+        "canary_share": round(outcome.versions[TWO] / answered, 4),
         "canary_errors": outcome.errors.total(),
     }
 
@@ -101,13 +86,13 @@ def _canary(
 def _shadow(registry: Registry, client: Client, rig: Rig) -> dict[str, Any]:
     """Compare p99 at half load without and with a shadow, alternating."""
     patient = fraud_requests(ROWS, 60_000.0)
-    registry.set_aliases(Aliases("shared-1"))
+    registry.set_aliases(Aliases(ONE))
     most = asyncio.run(capacity(client, lambda: next(patient), depth=8, seconds=5.0))
     p99: dict[str, list[float]] = {"alone": [], "shadowed": []}
     for _ in range(max(SHADOW_ROUNDS, rig.rounds)):
         for name, aliases in (
-            ("alone", Aliases("shared-1")),
-            ("shadowed", Aliases("shared-1", shadow="shared-2")),
+            ("alone", Aliases(ONE)),
+            ("shadowed", Aliases(ONE, shadow=TWO)),
         ):
             registry.set_aliases(aliases)
             time.sleep(4.0)  # the replica looks once a second, then loads and warms up
