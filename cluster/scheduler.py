@@ -38,6 +38,7 @@ import numpy as np
 
 from cluster.cost import CostModel
 from cluster.errors import DeadlineExceededError, QueueFullError, UnavailableError
+from cluster.recent import RecentMinimum
 from cluster.schemas import InferRequest, InferResponse, ServiceClass
 from cluster.shares import TenantShares
 from cluster.work import Work
@@ -216,7 +217,9 @@ class Scheduler:
             for each in PRECEDENCE
         }
         self._per_tenant: Counter[str] = Counter()
-        self._tightest = dict.fromkeys(PRECEDENCE, (np.inf, -np.inf))  # deadline_ms, seen at
+        self._tightest = {
+            each: RecentMinimum(self._limits.deadline_memory_s) for each in PRECEDENCE
+        }
         self._wake = asyncio.Event()
         self._spare: deque[Job] = deque()
         self._spare_from = -np.inf  # when spare work may run again, seconds
@@ -264,8 +267,8 @@ class Scheduler:
             return
         request, each = job.request, job.request.service_class
         self._check_queue(job)
-        if request.deadline_ms <= self._recent_ms(each):  # also if it is refused: the next may fit
-            self._tightest[each] = (request.deadline_ms, self._clock())
+        # noted even if it is refused: the next may fit
+        self._tightest[each].note(request.deadline_ms, self._clock())
         finish_ms = self._finish_ms((*self._jobs_before(job), job), request.deadline_ms)
         last_s = self._last_run_s.get(job.cost_key, -np.inf)
         job.is_probe = self._clock() - last_s > self._limits.probe_s
@@ -402,9 +405,7 @@ class Scheduler:
 
     def _recent_ms(self, each: ServiceClass) -> float:
         """The tightest deadline of a class that was seen lately, infinite if none was."""
-        tightest_ms, seen = self._tightest[each]
-        is_old = self._clock() - seen > self._limits.deadline_memory_s
-        return np.inf if is_old else tightest_ms
+        return self._tightest[each].least(self._clock())
 
     def _room_ms(self, each: ServiceClass, tightest_ms: float = np.inf) -> float:
         """Time for work of a class in a step, beside its fixed cost; at least that cost."""

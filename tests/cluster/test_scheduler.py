@@ -267,6 +267,21 @@ def test_a_batch_step_leaves_room_for_a_tight_stream_request_seen_lately() -> No
     in_loop(scenario)
 
 
+def test_a_stream_whose_deadlines_vary_is_never_forgotten_while_it_goes_on() -> None:
+    """As clients send what is left of theirs: the tightest is long ago, others are not."""
+
+    def scenario() -> None:
+        bench = Bench()
+        bench.add([10] * 500, ServiceClass.BATCH, deadline_ms=1e6)
+        for deadline_ms in (24.2, 24.3):
+            bench.add([10], deadline_ms=deadline_ms)
+            bench.step()
+            bench.now += 0.6 * LIMITS.deadline_memory_s
+        assert tokens_of(bench.step()) == 50
+
+    in_loop(scenario)
+
+
 @pytest.mark.parametrize(("pieces", "behind"), [(50, 30), (1, 100)])
 def test_pieces_behind_a_stream_run_in_shorter_steps_than_whole_sequences(
     pieces: int, behind: int
