@@ -51,23 +51,13 @@ class Kind(NamedTuple):
     candidates: Sequence[TileConfig]
 
 
-# Of 64 rows, the products of a program read 640 cycles of shared memory and compute 512, and its
-# softmax waits for them: queries in registers save 128 cycles, and the memory for a third program
-# of a multiprocessor; a loop that runs ahead multiplies during the softmax.
 DENSE = (
     TileConfig(64, 64, 4, 3),
-    TileConfig(64, 64, 4, 3, 0, "joint"),
-    TileConfig(64, 64, 4, 3, 0, "joint", True),
-    TileConfig(64, 64, 4, 2, 168, "joint", True),
-    TileConfig(64, 32, 4, 3, 168, "joint", True),
-    TileConfig(64, 32, 4, 3, 128, "joint"),
-    TileConfig(64, 64, 4, 2, 0, "ahead"),
-    TileConfig(64, 64, 4, 2, 0, "ahead", True),
-    TileConfig(128, 64, 8, 2, 128, "joint"),
-    TileConfig(128, 64, 8, 2, 0, "ahead"),
-    TileConfig(128, 64, 8, 3, 0, "ahead"),
-    TileConfig(128, 64, 8, 3, 0, "ahead", True),
-    TileConfig(128, 128, 8, 2, 0, "joint", True),
+    TileConfig(64, 64, 4, 2),
+    TileConfig(64, 32, 4, 3),
+    TileConfig(128, 64, 8, 2),
+    TileConfig(128, 64, 8, 2, 128),
+    TileConfig(128, 64, 8, 3),
 )
 LISTED = (  # the blocks are those of the pattern; of pooled rows 64 or 128
     TileConfig(128, 64, 8, 2),

@@ -3,7 +3,8 @@
 A step holds sequences of every task, packed side by side as in service.  Losses of different
 tasks have different units; so that none of them drowns another in the shared blocks, the
 gradient that each task sends into them is scaled to the same running norm, times its weight
-(the aim of Chen et al. 2018, arXiv:1711.02257, without a second backward pass).
+(the aim of Chen et al. 2018, arXiv:1711.02257, without a second backward pass), and scaled back
+where it leaves them: an adapter, part of which feeds its head directly, sees the loss as it is.
 
 What a step draws depends on its number alone: a run that was cut off goes on from its last
 saved state and ends with the same weights.
@@ -126,22 +127,28 @@ class WeightAverage:
 
 
 class _Pulls:
-    """Scales what each task sends back into the blocks; of a single task, nothing."""
+    """Scales what each task sends back through the blocks; of a single task, nothing."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self._weights = {each.task: each.weight for each in sources} if len(sources) > 1 else {}
         self.norms: dict[str, Tensor] = {}
 
-    def watch(self, task: str, tokens_TD: Tensor) -> None:
-        """Scale the gradient of these tokens once it comes."""
-        if task in self._weights:
-            tokens_TD.register_hook(lambda gradient: self._scale(task, gradient))
+    def watch(self, task: str, before_TD: Tensor, after_TD: Tensor) -> None:
+        """Scale the gradient of tokens behind the blocks once it comes, and back before them."""
+        if task not in self._weights:
+            return
+        after_TD.register_hook(lambda gradient: self._scale(task, gradient))
+        if before_TD.requires_grad:
+            before_TD.register_hook(lambda gradient: gradient / self._pull(task))
 
     def _scale(self, task: str, gradient: Tensor) -> Tensor:
         norm = gradient.norm()
         last = self.norms.get(task, norm)
         self.norms[task] = last.lerp(norm, 1.0 - NORM_DECAY)
-        return gradient * (self._weights[task] / self.norms[task].clamp(min=1e-12))
+        return gradient * self._pull(task)
+
+    def _pull(self, task: str) -> Tensor:
+        return self._weights[task] / self.norms[task].clamp(min=1e-12)
 
 
 class _Owned(NamedTuple):
@@ -238,7 +245,7 @@ class Training:
         step = model.encode_and_run({task: draw.batch for task, draw in by_task.items()})
         losses: dict[str, Tensor] = {}
         for task, draw in by_task.items():
-            self._pulls.watch(task, step.pieces[task])
+            self._pulls.watch(task, step.encoded[task].tokens_TD, step.pieces[task])
             losses[task] = draw.loss(model.heads[task], step.pieces[task], step.encoded[task])
         weights_T = _token_weights(step, by_task)
         self._optimizer.zero_grad(set_to_none=True)

@@ -22,8 +22,6 @@ class TileConfig(NamedTuple):
         num_warps: Warps of a program.
         num_stages: Steps whose loads are under way together.
         max_registers: Of a thread, so that several programs share a multiprocessor; 0 = any.
-        loop: "split", "joint" or "ahead" (``kernels._triton.attention_fold``); "window", "full".
-        queries_in_registers: Not read from shared memory at each product; "window" and "full".
     """
 
     block_q: int
@@ -31,8 +29,6 @@ class TileConfig(NamedTuple):
     num_warps: int
     num_stages: int
     max_registers: int = 0
-    loop: str = "split"
-    queries_in_registers: bool = False
 
     def options(self) -> dict[str, int | None]:
         """Return what the compiler is told."""

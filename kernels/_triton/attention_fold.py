@@ -1,12 +1,7 @@
 """The running softmax of a tile of queries over the keys that it may see.
 
-Three ways to walk over the keys (``kernels.attention_config``), chosen by measurement:
-
-* split: keys that all rows see, without masks; then global keys and the edges of the window.
-* joint: one loop over all, masked where it must be, so that loads never run dry; for a sequence
-  that is alone, since rows of a stranger would have to be cut out of the values.
-* ahead: split, and the scores of the next keys are multiplied while the softmax of these ones is
-  computed (Shah et al. 2024, FlashAttention-3, arXiv:2407.08608, section 3.2).
+Keys that all rows see come first, without masks; then global keys and the edges of the window.
+One loop over all, or scores that run a block ahead of the softmax, are slower (docs/log.md).
 
 Legend: Q query rows of a tile, K keys of a block, d head width.
 """
@@ -36,26 +31,6 @@ def _softmax(
 
 
 @triton.jit
-def _scores(q_Qd: tl.tensor, k_Kd: tl.tensor) -> tl.tensor:
-    return dot(q_Qd, k_Kd.T, tl.zeros((q_Qd.shape[0], k_Kd.shape[0]), tl.float32))
-
-
-@triton.jit
-def _fold_scores(
-    score_QK: tl.tensor,
-    v_Kd: tl.tensor,
-    peak_Q: tl.tensor,
-    total_Q: tl.tensor,
-    sum_Qd: tl.tensor,
-    scale: tl.tensor,
-    MASKED: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    weight_QK, peak_Q, total_Q, decay_Q = _softmax(score_QK, peak_Q, total_Q, scale, MASKED)
-    sum_Qd = dot(weight_QK.to(v_Kd.dtype), v_Kd, sum_Qd * decay_Q[:, None])
-    return peak_Q, total_Q, sum_Qd
-
-
-@triton.jit
 def fold(
     q_Qd: tl.tensor,
     k_Kd: tl.tensor,
@@ -68,10 +43,11 @@ def fold(
     MASKED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Add a block of keys to the running softmax: peak, total and weighted sum."""
-    score_QK = _scores(q_Qd, k_Kd)
+    score_QK = dot(q_Qd, k_Kd.T, tl.zeros((q_Qd.shape[0], k_Kd.shape[0]), tl.float32))
     if MASKED:
         score_QK = tl.where(seen_QK, score_QK, -float("inf"))
-    peak_Q, total_Q, sum_Qd = _fold_scores(score_QK, v_Kd, peak_Q, total_Q, sum_Qd, scale, MASKED)
+    weight_QK, peak_Q, total_Q, decay_Q = _softmax(score_QK, peak_Q, total_Q, scale, MASKED)
+    sum_Qd = dot(weight_QK.to(v_Kd.dtype), v_Kd, sum_Qd * decay_Q[:, None])
     return peak_Q, total_Q, sum_Qd
 
 
@@ -136,107 +112,35 @@ def fold_keys(
     scale: tl.tensor,
     HALF: tl.constexpr,
     ALONE: tl.constexpr,
-    LOOP: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Softmax of a tile over the first ``num_global`` keys and those from low to high."""
     BLOCK_Q: tl.constexpr = q_Qd.shape[0]
-    if IN_REGISTERS:  # what was computed stays there: half, which is exact
-        q_Qd = (q_Qd * 0.5).to(q_Qd.dtype)
-        scale = scale * 2.0
     peak_Q = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
     total_Q = tl.zeros((BLOCK_Q,), tl.float32)
     sum_Qd = tl.zeros((BLOCK_Q, q_Qd.shape[1]), tl.float32)
     num_global_blocks = tl.cdiv(num_global, BLOCK_K)
-    if LOOP == "joint" and ALONE:
-        num_turns = num_global_blocks + tl.cdiv(high - low, BLOCK_K)
-        for turn in tl.range(num_turns, disable_licm=True):
-            block = turn - num_global_blocks
-            key = tl.where(block < 0, start + turn * BLOCK_K, low + block * BLOCK_K)
-            k_Kd = k_rows.load([key, column])
-            v_Kd = v_rows.load([key, column])
-            score_QK = _scores(q_Qd, k_Kd)
-            if (block < full_begin) | (block >= full_end):
-                end = tl.where(block < 0, start + num_global, high)
-                seen_QK = _seen(block < 0, first, key, end, HALF, BLOCK_Q, BLOCK_K)
-                score_QK = tl.where(seen_QK, score_QK, -float("inf"))
-            peak_Q, total_Q, sum_Qd = _fold_scores(
-                score_QK, v_Kd, peak_Q, total_Q, sum_Qd, scale, True
-            )
-    else:
-        if LOOP == "ahead":
-            peak_Q, total_Q, sum_Qd = _fold_ahead(
-                q_Qd,
-                k_rows,
-                v_rows,
-                low + full_begin * BLOCK_K,
-                full_end - full_begin,
-                column,
-                peak_Q,
-                total_Q,
-                sum_Qd,
-                scale,
-                BLOCK_K,
-            )
-        else:
-            for block in tl.range(full_begin, full_end):
-                row = low + block * BLOCK_K
-                k_Kd = k_rows.load([row, column])
-                v_Kd = v_rows.load([row, column])
-                peak_Q, total_Q, sum_Qd = fold(
-                    q_Qd, k_Kd, v_Kd, True, peak_Q, total_Q, sum_Qd, scale, False
-                )
-        num_others = tl.cdiv(high - low, BLOCK_K) - full_end + full_begin
-        for turn in tl.range(num_global_blocks + num_others, disable_licm=True):
-            block = turn - num_global_blocks
-            block = tl.where(block < full_begin, block, block - full_begin + full_end)
-            is_global = turn < num_global_blocks
-            key = tl.where(is_global, start + turn * BLOCK_K, low + block * BLOCK_K)
-            end = tl.where(is_global, start + num_global, high)
-            k_Kd = k_rows.load([key, column])
-            v_Kd = v_rows.load([key, column])
-            if not ALONE:  # what is not finite in a stranger's row would turn 0 * x into NaN
-                inside_K = key + tl.arange(0, BLOCK_K) < end
-                v_Kd = tl.where(inside_K[:, None], v_Kd, 0.0)
-            seen_QK = _seen(is_global, first, key, end, HALF, BLOCK_Q, BLOCK_K)
-            peak_Q, total_Q, sum_Qd = fold(
-                q_Qd, k_Kd, v_Kd, seen_QK, peak_Q, total_Q, sum_Qd, scale, True
-            )
-    return peak_Q, total_Q, sum_Qd
-
-
-@triton.jit
-def _fold_ahead(
-    q_Qd: tl.tensor,
-    k_rows: tl.tensor,
-    v_rows: tl.tensor,
-    row: tl.tensor,
-    num_blocks: tl.tensor,
-    column: tl.tensor,
-    peak_Q: tl.tensor,
-    total_Q: tl.tensor,
-    sum_Qd: tl.tensor,
-    scale: tl.tensor,
-    BLOCK_K: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Fold blocks that all rows see; the scores behind the last one are not used.
-
-    Sums wait first in a turn: the compiler leaves what is issued after a wait under way until the
-    next one.  Weights are rounded in the turn that multiplies them, so they stay in registers.
-    """
-    if num_blocks > 0:
-        score_QK = _scores(q_Qd, k_rows.load([row, column]))
-        weight_QK, peak_Q, total_Q, decay_Q = _softmax(score_QK, peak_Q, total_Q, scale, False)
-        score_QK = _scores(q_Qd, k_rows.load([row + BLOCK_K, column]))
-        for block in tl.range(1, num_blocks):
-            key = row + block * BLOCK_K
-            v_Kd = v_rows.load([key - BLOCK_K, column])
-            sum_Qd = dot(weight_QK.to(v_Kd.dtype), v_Kd, sum_Qd)
-            next_QK = _scores(q_Qd, k_rows.load([key + BLOCK_K, column]))
-            weight_QK, peak_Q, total_Q, decay_Q = _softmax(score_QK, peak_Q, total_Q, scale, False)
-            sum_Qd = sum_Qd * decay_Q[:, None]
-            score_QK = next_QK
-        v_Kd = v_rows.load([row + (num_blocks - 1) * BLOCK_K, column])
-        sum_Qd = dot(weight_QK.to(v_Kd.dtype), v_Kd, sum_Qd)
+    for block in tl.range(full_begin, full_end):
+        row = low + block * BLOCK_K
+        k_Kd = k_rows.load([row, column])
+        v_Kd = v_rows.load([row, column])
+        peak_Q, total_Q, sum_Qd = fold(
+            q_Qd, k_Kd, v_Kd, True, peak_Q, total_Q, sum_Qd, scale, False
+        )
+    num_others = tl.cdiv(high - low, BLOCK_K) - full_end + full_begin
+    for turn in tl.range(num_global_blocks + num_others, disable_licm=True):
+        block = turn - num_global_blocks
+        block = tl.where(block < full_begin, block, block - full_begin + full_end)
+        is_global = turn < num_global_blocks
+        key = tl.where(is_global, start + turn * BLOCK_K, low + block * BLOCK_K)
+        end = tl.where(is_global, start + num_global, high)
+        k_Kd = k_rows.load([key, column])
+        v_Kd = v_rows.load([key, column])
+        if not ALONE:  # what is not finite in a stranger's row would turn 0 * x into NaN
+            inside_K = key + tl.arange(0, BLOCK_K) < end
+            v_Kd = tl.where(inside_K[:, None], v_Kd, 0.0)
+        seen_QK = _seen(is_global, first, key, end, HALF, BLOCK_Q, BLOCK_K)
+        peak_Q, total_Q, sum_Qd = fold(
+            q_Qd, k_Kd, v_Kd, seen_QK, peak_Q, total_Q, sum_Qd, scale, True
+        )
     return peak_Q, total_Q, sum_Qd

@@ -53,8 +53,6 @@ def _tiles_kernel(
     HALF: tl.constexpr,  # half the window, -1 = full
     NUM_GLOBAL: tl.constexpr,
     ALONE: tl.constexpr,
-    LOOP: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
     WITH_LSE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -90,8 +88,6 @@ def _tiles_kernel(
                 scale,
                 -1,
                 ALONE,
-                LOOP,
-                IN_REGISTERS,
                 BLOCK_K,
             )
             row_G = tl.arange(0, BLOCK_G)
@@ -138,8 +134,6 @@ def _tiles_kernel(
                 scale,
                 HALF,
                 ALONE,
-                LOOP,
-                IN_REGISTERS,
                 BLOCK_K,
             )
             out_base = out_ptr + ((start + first).to(tl.int64) * H + head) * D
@@ -282,8 +276,6 @@ def launch_tiles(
         LOG2_E * width**-0.5,
         HALF=half,
         ALONE=num_sequences == 1,
-        LOOP=config.loop,
-        IN_REGISTERS=config.queries_in_registers,
         BLOCK_Q=config.block_q,
         BLOCK_K=config.block_k,
         **config.options(),

@@ -1,6 +1,6 @@
 """Several tasks in the same steps."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -114,29 +114,42 @@ def test_the_state_of_another_run_is_refused(
         train(fresh(), sources, LoopSettings(steps=3), nothing, keep)
 
 
-def pull_on_blocks(losses: Mapping[str, float], sources: list[SampleSource]) -> dict[str, Tensor]:
-    """Return what each task sends back to the first block, with its loss scaled."""
-    model, found = fresh(), dict[str, Tensor]()
-    pulls = core_model.joint._Pulls(sources)
+def gradients(
+    sources: Sequence[SampleSource], losses: Mapping[str, float], *, is_scaled: bool
+) -> dict[str, Tensor]:
+    """Return the gradient of each parameter, each task's loss times a factor."""
+    model = fresh()
+    pulls = core_model.joint._Pulls(sources if is_scaled else [])
     draws = {each.task: next(iter(each.draws(0))) for each in sources}
     step = model.encode_and_run({task: draw.batch for task, draw in draws.items()})
     total = torch.zeros(())
     for task, draw in draws.items():
-        pulls.watch(task, step.pieces[task])
-        total = total + losses[task] * draw.loss(
-            model.heads[task], step.pieces[task], step.encoded[task]
-        )
-    for task, encoded in step.encoded.items():
-        encoded.tokens_TD.register_hook(lambda g, task=task: found.update({task: g}))
+        encoded, piece = step.encoded[task], step.pieces[task]
+        pulls.watch(task, encoded.tokens_TD, piece)
+        total = total + losses[task] * draw.loss(model.heads[task], piece, encoded)
     total.backward()
-    return found
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_the_unit_of_a_loss_does_not_change_its_pull(sources: list[SampleSource]) -> None:
-    plain = pull_on_blocks({FRAUD.name: 1.0, TOKENS.name: 1.0}, sources)
-    scaled = pull_on_blocks({FRAUD.name: 1000.0, TOKENS.name: 0.01}, sources)
-    for task, gradient in plain.items():
-        torch.testing.assert_close(scaled[task], gradient, rtol=1e-3, atol=1e-6)
+def test_the_unit_of_a_loss_does_not_change_its_pull_on_the_blocks(
+    sources: list[SampleSource],
+) -> None:
+    plain = gradients(sources, {FRAUD.name: 1.0, TOKENS.name: 1.0}, is_scaled=True)
+    scaled = gradients(sources, {FRAUD.name: 1000.0, TOKENS.name: 0.01}, is_scaled=True)
+    names = [name for name in plain if name.startswith("blocks")]
+    assert names
+    for name in names:
+        torch.testing.assert_close(scaled[name], plain[name], rtol=1e-3, atol=1e-6)
+
+
+def test_adapters_and_heads_see_the_loss_as_it_is(sources: list[SampleSource]) -> None:
+    losses = {FRAUD.name: 3.0, TOKENS.name: 0.1}
+    scaled = gradients(sources, losses, is_scaled=True)
+    plain = gradients(sources, losses, is_scaled=False)
+    names = [name for name in plain if name.startswith(("adapters", "heads"))]
+    assert {name.split(".")[1] for name in names} == set(losses)
+    for name in names:
+        torch.testing.assert_close(scaled[name], plain[name], rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 4, 9])

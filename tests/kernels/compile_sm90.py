@@ -213,9 +213,10 @@ def launch_moe_fp8(shape: Shape, routed: Routing) -> None:
     x = (meta(t, d), empty(t, d // 128))
     up = (meta(e, 2 * f, d), empty(e, 2 * f // 128, d // 128))
     down = (meta(e, d, f), empty(e, d // 128, f // 128))
-    for rows in (16, 32, 64):
-        config = rule(MoESize(e, shape.chosen, d, f, E4M3), t, rows)
-        routing_ = routed._replace(block_rows=rows)
+    size = MoESize(e, shape.chosen, d, f, E4M3)
+    tuned = [moe_launch(size, num_tokens) for num_tokens in (64, 256, 16384)]
+    for config in {*tuned, *(rule(size, t, rows) for rows in (16, 32, 64))}:
+        routing_ = routed._replace(block_rows=config.block_rows)
         fused_moe_fp8.launch(x, up, down, routing_, config, torch.bfloat16)
 
 
