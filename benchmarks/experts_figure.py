@@ -1,4 +1,4 @@
-"""A picture of which experts work for which application, as SVG."""
+"""A picture of which experts work for which application and kind of token, as SVG."""
 
 from collections.abc import Mapping
 from html import escape
@@ -6,20 +6,20 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
-CELL, GAP, LEFT, TOP = 26, 14, 90, 34
+CELL, GAP, LEFT, TOP = 26, 14, 130, 34
 LIGHT, DARK = np.array([247, 251, 255]), np.array([8, 69, 148])
 FULL = 2.0  # times the even share that is drawn darkest
 
 
 def draw_shares(shares: Mapping[str, NDArray[np.float64]]) -> str:
-    """Return an SVG: a block of rows per layer, a row per task, a column per expert.
+    """Return an SVG: a block of rows per layer, a row per group of tokens, a column per expert.
 
     Args:
-        shares: Of each task's choices that fell on each expert, by task [L, E].
+        shares: Of each group's choices that fell on each expert, by its name [L, E].
     """
-    tasks = list(shares)
-    layers, experts = shares[tasks[0]].shape
-    block = CELL * len(tasks) + GAP
+    names = list(shares)
+    layers, experts = shares[names[0]].shape
+    block = CELL * len(names) + GAP
     width, height = LEFT + CELL * experts + 60, TOP + block * layers + 24
     parts = [
         (
@@ -28,18 +28,18 @@ def draw_shares(shares: Mapping[str, NDArray[np.float64]]) -> str:
         ),
         '<rect width="100%" height="100%" fill="white"/>',
         (
-            f'<text x="{LEFT}" y="18">times the even share of an application\'s tokens, '
+            f'<text x="{LEFT}" y="18">times the even share of the tokens of a row, '
             "by expert (columns) and layer (blocks)</text>"
         ),
     ]
     for layer in range(layers):
         top = TOP + layer * block
-        for i, task in enumerate(tasks):
+        for i, name in enumerate(names):
             y = top + i * CELL
             parts.append(
-                f'<text x="{LEFT - 8}" y="{y + 17}" text-anchor="end">{escape(task)}</text>'
+                f'<text x="{LEFT - 8}" y="{y + 17}" text-anchor="end">{escape(name)}</text>'
             )
-            for expert, times in enumerate(shares[task][layer] * experts):
+            for expert, times in enumerate(shares[name][layer] * experts):
                 parts.append(_cell(LEFT + expert * CELL, y, float(times)))
     return "\n".join([*parts, "</svg>"]) + "\n"
 

@@ -9,7 +9,7 @@ import pytest
 from apps.joint import Plan
 from benchmarks.experts_figure import draw_shares
 from benchmarks.model import as_text, summary
-from benchmarks.model_balance import Mix
+from benchmarks.model_balance import NUM_KINDS, Mix, Routed, kinds_of
 from benchmarks.model_layer import least_seconds
 from benchmarks.model_parts import Lessons, dense_of, parts_of
 from core_model.config import PRESETS
@@ -22,17 +22,22 @@ if TYPE_CHECKING:
 TINY = PRESETS["tiny"]  # two layers, four experts, two of them chosen
 
 
-def routed(weights: tuple[float, ...], num: int, seed: int) -> np.ndarray:
-    """Return two different experts of each token, drawn unevenly, [2, T, 2]."""
+def alike(chosen: np.ndarray) -> Routed:
+    """Return tokens of one kind."""
+    return Routed(chosen, np.zeros(chosen.shape[1], np.uint8))
+
+
+def routed(weights: tuple[float, ...], num: int, seed: int) -> Routed:
+    """Return tokens with two different experts each, drawn unevenly, [2, T, 2]."""
     rng = np.random.default_rng(seed)
     keys = rng.gumbel(size=(2, num, 4)) + np.log(np.array(weights))
-    return np.argsort(-keys, axis=2)[:, :, :2].astype(np.uint8)
+    return alike(np.argsort(-keys, axis=2)[:, :, :2].astype(np.uint8))
 
 
 def test_every_task_has_the_same_share_of_the_mix() -> None:
     one, other = np.zeros((2, 100, 2), np.uint8), np.zeros((2, 1000, 2), np.uint8)
     one[:, :, 1], other[:, :, 0], other[:, :, 1] = 1, 2, 3
-    figures = Mix({"a": one, "b": other}, TINY).figures(0)
+    figures = Mix({"a": alike(one), "b": alike(other)}, TINY).figures(0)
     assert figures["utilisation"] == [1.0, 1.0]  # unlike that of the 1,100 tokens
     assert figures["by_task"]["a"] == {"mean": 0.5, "worst_layer": 0.5, "dead": 4}
     assert figures["tokens"] == {"a": 100, "b": 1000}
@@ -50,6 +55,23 @@ def test_uneven_routing_shows() -> None:
     figures = Mix({"a": routed((4.0, 1.0, 1.0, 1.0), 5000, 0)}, TINY).figures(0)
     assert figures["mean"] < 0.7
     assert figures["step"]["mean"] < figures["step_of_random_routing"] - 0.2
+
+
+def test_shares_of_a_kind_are_of_its_tokens_alone() -> None:
+    chosen = np.zeros((2, 10, 2), np.uint8)
+    chosen[:, :, 1], chosen[:, 6:, 0], chosen[:, 6:, 1] = 1, 2, 3
+    kind = np.array([0] * 6 + [1] * 4, np.uint8)
+    shares = Mix({"a": Routed(chosen, kind)}, TINY).figures(0)["shares"]
+    assert shares["a"] == [[0.3, 0.3, 0.2, 0.2]] * 2
+    assert shares["a, kind 1"] == [[0.5, 0.5, 0.0, 0.0]] * 2
+    assert shares["a, kind 2"] == [[0.0, 0.0, 0.5, 0.5]] * 2
+
+
+def test_like_tokens_are_of_one_kind_and_the_largest_comes_first() -> None:
+    rng, sizes = np.random.default_rng(0), (300, 50, 150)
+    kind = np.repeat(range(NUM_KINDS), sizes)
+    tokens = rng.normal(size=(500, 8)) * 0.1 + 5.0 * np.eye(8)[kind]
+    assert (kinds_of(tokens.astype(np.float16)) == np.array([0, 2, 1])[kind]).all()
 
 
 @pytest.mark.parametrize("preset", ["tiny", "small", "base"])
