@@ -27,9 +27,20 @@ demo: setup
 # Tests on a local Ray of several nodes, whose driver may never join (docs/log.md).
 CLUSTERS := tests/system/test_cluster.py tests/system/test_lost_node.py
 
+PYTEST := $(BIN)/python -m pytest $(addprefix --ignore=,$(CLUSTERS))
+
+# Two at a time: phases that watch the clock, and those that take what is left of the processor.
 test: setup
-	@$(BIN)/python -m pytest $(addprefix --ignore=,$(CLUSTERS))
+	@export OMP_NUM_THREADS=1
+	log=$$(mktemp)
+	nice $(PYTEST) --phases unit,slow >"$$log" 2>&1 & beside=$$!
+	trap 'kill $$beside 2>/dev/null || true; rm "$$log"' EXIT
+	failed=0
+	$(PYTEST) --phases clock,ray,kafka,browser,data,gpu || failed=1
+	wait $$beside || failed=1
+	cat "$$log"
 	echo "tests took $$SECONDS s"
+	exit $$failed
 
 test-cluster: setup
 	@for file in $(CLUSTERS); do timeout 300 $(BIN)/python -m pytest "$$file"; done

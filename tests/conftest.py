@@ -3,6 +3,7 @@
 A test belongs to the phase of its last marker in ``PHASES``; phases run one after the
 other and their times are printed at the end.  A phase whose need is not met is skipped
 and says so in one line, unless TRIMOE_REQUIRE names it: then the run fails.
+``--phases unit,slow`` runs these alone; ``make test`` runs them beside the others.
 """
 
 import gc
@@ -14,12 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from apps.fraud.brokers import EmbeddedBroker
 from benchmarks.real_kafka import RealKafka, missing_tools
 
-PHASES = ("unit", "slow", "ray", "kafka", "browser", "data", "gpu")
+PHASES = ("unit", "slow", "clock", "ray", "kafka", "browser", "data", "gpu")
 
+# Examples take as long as they do: the tests share the processor.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # clusters of tests; read when Ray is imported
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # tests wait for it; else 10 s
@@ -53,10 +58,17 @@ def unmet_need(phase: str) -> str:
 
 
 class PhaseReport:
-    """Orders tests by phase, skips what cannot run here, and reports each phase in one line."""
+    """Orders tests by phase, skips what cannot run here, and reports each phase in one line.
 
-    def __init__(self, required: list[str], *, is_whole: bool) -> None:
-        self.required = required
+    Args:
+        chosen: Phases to run.
+        required: Phases of which every test is to run, as far as they are chosen.
+        is_whole: Whether the run is of all tests.
+    """
+
+    def __init__(self, chosen: list[str], required: list[str], *, is_whole: bool) -> None:
+        self.chosen = chosen
+        self.required = [phase for phase in required if phase in chosen]
         self.is_whole = is_whole
         self.phases: dict[str, str] = {}
         self.unmet: dict[str, str] = {}
@@ -64,7 +76,12 @@ class PhaseReport:
         self.outcomes: Counter[tuple[str, str]] = Counter()
 
     @pytest.hookimpl(trylast=True)  # after -m has chosen
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
+        others = [item for item in items if phase_of(item) not in self.chosen]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if phase_of(item) in self.chosen]
         self.phases = {item.nodeid: phase_of(item) for item in items}
         self.unmet = {phase: unmet_need(phase) for phase in set(self.phases.values())}
         for item in items:
@@ -119,10 +136,25 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.set_threshold(10_000)
 
 
+def phase_names(text: str) -> list[str]:
+    """Return the phases of a list with commas; raise UsageError if one is unknown."""
+    names = [name for name in text.split(",") if name]
+    if unknown := set(names) - set(PHASES):
+        message = f"expected phases among {', '.join(PHASES)}, got {', '.join(sorted(unknown))}"
+        raise pytest.UsageError(message)
+    return names
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--phases", default=",".join(PHASES), help="phases to run, with commas")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    required = [phase for phase in os.environ.get("TRIMOE_REQUIRE", "").split(",") if phase]
+    chosen = phase_names(config.getoption("--phases"))
+    required = phase_names(os.environ.get("TRIMOE_REQUIRE", ""))
     is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    config.pluginmanager.register(PhaseReport(required, is_whole=is_whole), "trimoe-phases")
+    report = PhaseReport(chosen, required, is_whole=is_whole)
+    config.pluginmanager.register(report, "trimoe-phases")
 
 
 @pytest.fixture(scope="session")

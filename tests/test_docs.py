@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from apps.cli import build_parser
+from tests.conftest import PHASES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -85,6 +86,11 @@ def test_constraints_are_names_and_versions() -> None:
     names = [line.partition("==")[0] for line in lines]
     assert names == sorted(set(names))
     assert all(re.fullmatch(r"[a-z0-9.-]+==[\w.+!]+", line) for line in lines)
+
+
+def test_make_test_runs_each_phase_once() -> None:
+    lists = re.findall(r"--phases (\S+)", (ROOT / "Makefile").read_text())
+    assert sorted(",".join(lists).split(",")) == sorted(PHASES)
 
 
 def test_no_file_names_a_path_of_one_machine() -> None:

@@ -155,6 +155,7 @@ def test_a_case_that_kills_its_worker_is_quarantined_and_holds_nobody_up(tmp_pat
     assert order[-1] == poison["case_id"]
 
 
+@pytest.mark.clock
 def test_a_frozen_worker_is_fenced_off_when_it_wakes(tmp_path: Path) -> None:
     folder = make_input(tmp_path / "in", [{"seconds": 0.4}] * 4)
     out, victim = tmp_path / "out", cases_of(folder)[1]

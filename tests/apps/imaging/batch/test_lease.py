@@ -63,7 +63,7 @@ def test_a_killed_process_is_known_to_be_dead_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.clock
 def test_a_stopped_process_is_presumed_dead_after_its_lease_and_alive_when_it_goes_on(
     tmp_path: Path,
 ) -> None:

@@ -149,7 +149,7 @@ def drip_headers(request: Request) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.clock
 @pytest.mark.parametrize("answer", [Request.send_slowly, drip_headers, lambda _: time.sleep(2)])
 @pytest.mark.parametrize("part", ["/metadata/", "/targets/"])
 def test_slow_retrieval(

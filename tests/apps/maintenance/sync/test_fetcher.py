@@ -121,6 +121,7 @@ def test_errors_are_asked_again_only_where_that_helps(
     assert fetcher.num_requests == num
 
 
+@pytest.mark.clock
 def test_one_attempt_has_one_deadline(files: FileServer, tmp_path: Path) -> None:
     """A server that gives a little each time is borne with only so long."""
 
