@@ -39,7 +39,7 @@ def admit(request: InferRequest, tasks: Mapping[str, TaskSpec], num_layers: int)
         _check_extra(request, name, extra)
     tokens = _count_tokens(request, spec)
     if spec.pieces > 1:
-        return Work.even(tokens, spec.pieces)
+        return Work.even(tokens, spec.pieces + num_layers + 1)  # the blocks layer by layer
     return Work.cut(tokens, spec.chunk_tokens, num_layers)
 
 

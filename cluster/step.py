@@ -1,9 +1,8 @@
 """One step on the device: pack pieces of many requests, run the model, split the answers.
 
 Whole sequences are packed task by task, end to end; nothing is padded.  Sequences that are cut
-run beside them, some pieces a step: chunks of a long one's layers, or parts of what a task's
-adapter and head do for one, whose tokens then pass the blocks together with all others.  The
-split is exact: outputs and routed experts go to the request whose sequence made them.
+run beside them, some pieces a step (``core_model.pieces``).  The split is exact: outputs and
+routed experts go to the request whose sequence made them.
 
 ``launch`` only starts the work of a GPU; ``collect`` waits for it, so the next step can be
 packed meanwhile.
@@ -24,9 +23,8 @@ from torch import Tensor
 
 from cluster.scheduler import Job, Slice, Step
 from cluster.schemas import SequenceStatus
-from core_model.chunks import LongSequence
-from core_model.packing import Encoded, RaggedBatch, concat_cu_seqlens
-from core_model.pieces import PiecedAdapter, PiecedHead, PiecedSequence
+from core_model.packing import RaggedBatch
+from core_model.pieces import PiecedSequence, in_chunks, in_pieces
 from core_model.tasks import TaskSpec
 
 if TYPE_CHECKING:
@@ -71,17 +69,6 @@ class Chunks(NamedTuple):
     def span(self) -> Span:
         """The sequence, whole."""
         return Span(self.part, self.sequence, self.sequence + 1)
-
-
-@dataclass(slots=True)
-class _Long:
-    """A long sequence on its way up, and what its adapter made."""
-
-    chunks: LongSequence
-    encoded: Encoded
-
-
-_UnderWay = _Long | PiecedSequence
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,7 +138,7 @@ class StepRunner:
     num_experts: int
     num_layers: int
     device: str = "cpu"
-    _under_way: "WeakKeyDictionary[Job, dict[int, _UnderWay]]" = field(
+    _under_way: "WeakKeyDictionary[Job, dict[int, PiecedSequence]]" = field(
         default_factory=WeakKeyDictionary, init=False
     )
 
@@ -167,11 +154,7 @@ class StepRunner:
         cut = [unit for unit in units if isinstance(unit, Chunks)]
         by_task = {task: list(run) for task, run in groupby(spans, lambda span: span.task)}
         batches = {task: self._pack(task, run) for task, run in by_task.items()}
-        ready = [each for each in map(self._up_to_blocks, cut) if each is not None]
-        raws = []
-        if batches or ready:
-            output = self._run_together(batches, ready) if ready else self.model(batches)
-            raws.append(self._start_copy(by_task, output))
+        raws = [self._start_copy(by_task, self.model(batches))] if batches else []
         raws += [
             self._start_copy({unit.task: [unit]}, complete)
             for unit in cut
@@ -194,81 +177,27 @@ class StepRunner:
                 found[unit.part][first] = answer
         return {part: [by[first] for first in sorted(by)] for part, by in found.items()}
 
-    def _begin(self, unit: Chunks) -> _UnderWay:
-        """Return the sequence of a unit, which is under way or begins now."""
+    def _advance(self, unit: Chunks) -> "StepOutput | None":
+        """Run the pieces of a unit; return the output of its sequence once that is complete."""
         under_way = self._under_way.setdefault(unit.part.job, {})
         if unit.sequence not in under_way:
-            task, model = unit.task, cast("MoETransformer", self.model)
-            spec, adapter = self.tasks[task], model.adapters[task]
-            batch = self._pack(task, [unit.span])
-            if spec.pieces > 1:
-                pieced, head = cast("PiecedAdapter", adapter), cast("PiecedHead", model.heads[task])
-                under_way[unit.sequence] = PiecedSequence(task, pieced, head, batch)
-            else:
-                encoded: Encoded = adapter(batch)
-                chunks = LongSequence(model, task, encoded, spec.chunk_tokens)
-                under_way[unit.sequence] = _Long(chunks, encoded)
-        return under_way[unit.sequence]
+            under_way[unit.sequence] = self._begin(unit)
+        sequence = under_way[unit.sequence]
+        while sequence.num_done < unit.until:
+            try:
+                sequence.advance()
+            except BaseException:
+                del under_way[unit.sequence]  # it begins anew when it is tried again
+                raise
+        return under_way.pop(unit.sequence).complete() if unit.is_last else None
 
-    def _up_to_blocks(self, unit: Chunks) -> PiecedSequence | None:
-        """Run pieces of an adapter; return the sequence if that of the blocks comes in this step."""
-        sequence = self._begin(unit)
-        if not isinstance(sequence, PiecedSequence):
-            return None
-        while sequence.num_done < unit.until and not sequence.is_before_blocks:
-            self._next_piece(unit, sequence.advance)
-        return sequence if sequence.num_done < unit.until else None
-
-    def _run_together(
-        self, batches: Mapping[str, RaggedBatch], ready: Sequence[PiecedSequence]
-    ) -> "StepOutput":
-        """Run whole sequences, and others whose adapter is done, through the blocks in one call."""
-        from core_model.model import StepOutput  # noqa: PLC0415 - the model is duck-typed in tests
-
-        model = cast("MoETransformer", self.model)
-        encoded: dict[str, Encoded] = {
-            task: model.adapters[task](batch) for task, batch in batches.items()
-        }
-        others = [(each.task, each.encoded) for each in ready if each.encoded is not None]
-        pieces, experts = model.run_encoded([*encoded.items(), *others])
-        chosen = experts.split([piece.shape[0] for piece in pieces], dim=1)
-        num = len(encoded)
-        for each, tokens, own in zip(ready, pieces[num:], chosen[num:], strict=True):
-            each.pass_blocks(tokens, own)
-        outputs = {
-            task: model.heads[task](piece, encoded[task])
-            for task, piece in zip(encoded, pieces[:num], strict=True)
-        }
-        offsets_of = [each.cu_tokens for each in encoded.values()] or [experts.new_zeros(1)]
-        cu_tokens = concat_cu_seqlens(offsets_of)
-        return StepOutput(outputs, experts[:, : int(cu_tokens[-1])], cu_tokens)
-
-    def _advance(self, unit: Chunks) -> "StepOutput | None":
-        """Run the pieces of a unit that are left; return its output once it is complete."""
-        from core_model.model import StepOutput  # noqa: PLC0415 - as above
-
-        sequence = self._begin(unit)
-        work = sequence if isinstance(sequence, PiecedSequence) else sequence.chunks
-        while work.num_done < unit.until:
-            self._next_piece(unit, work.advance)
-        if not unit.is_last:
-            return None
-        if isinstance(sequence, PiecedSequence):
-            complete = sequence.complete()
-        else:
-            head = cast("MoETransformer", self.model).heads[unit.task]
-            output = head(sequence.chunks.tokens_TD, sequence.encoded)
-            complete = output, sequence.chunks.experts_LTK, sequence.encoded.cu_tokens
-        del self._under_way[unit.part.job][unit.sequence]
-        return StepOutput({unit.task: complete[0]}, *complete[1:])
-
-    def _next_piece(self, unit: Chunks, advance: Callable[[], None]) -> None:
-        """Run a piece; a sequence in which one fails begins anew when it is tried again."""
-        try:
-            advance()
-        except BaseException:
-            self._under_way[unit.part.job].pop(unit.sequence)
-            raise
+    def _begin(self, unit: Chunks) -> PiecedSequence:
+        """Return the sequence of a unit, no piece of which has run."""
+        task, model = unit.task, cast("MoETransformer", self.model)
+        spec, batch = self.tasks[task], self._pack(task, [unit.span])
+        if spec.pieces > 1:
+            return PiecedSequence(in_pieces(model, task, batch))
+        return PiecedSequence(in_chunks(model, task, batch, spec.chunk_tokens))
 
     def _pack(self, task: str, spans: Sequence[Span]) -> RaggedBatch:
         requests = [span.part.job.request for span in spans]

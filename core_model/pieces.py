@@ -1,28 +1,31 @@
-"""A sequence whose adapter and head are work by themselves, in pieces: a CT window.
+"""A sequence that is run in pieces, between two of which anything else may run.
 
-    adapter, some pieces  ->  the shared blocks, one piece  ->  head, some pieces
+A long one whose task says ``chunk_tokens``: one chunk of one layer of the blocks at a time.
+One whose adapter and head are work by themselves, such as a CT window, whose task says
+``pieces``: pieces of the adapter, the blocks layer by layer, pieces of the head.
 
-Between two pieces anything else may run.  The blocks run its tokens in one call with those of
-other sequences (``MoETransformer.run_encoded``).  The answer is that of the uncut sequence, up
-to the order of floating-point sums.
+The answer is that of the uncut sequence, up to the order of floating-point sums.
 
-Legend: T tokens, D model, L layers, K chosen experts.
+Legend: T tokens, D model.
 """
 
-from collections.abc import Generator
-from typing import Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import Tensor
 
+from core_model.chunks import LongSequence
+from core_model.model import StepOutput
 from core_model.packing import Encoded, RaggedBatch
+from core_model.paused import Paused
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from core_model.model import MoETransformer
 
 
 class PiecedAdapter(Protocol):
     """An adapter that pauses between two pieces of its work."""
 
-    def in_pieces(self, batch: RaggedBatch) -> Generator[None, None, Encoded]:
+    def in_pieces(self, batch: RaggedBatch) -> Paused[Encoded]:
         """Encode one sequence."""
         ...
 
@@ -30,9 +33,7 @@ class PiecedAdapter(Protocol):
 class PiecedHead(Protocol):
     """A head that does."""
 
-    def in_pieces(
-        self, tokens_TD: Tensor, encoded: Encoded
-    ) -> Generator[None, None, tuple[Tensor, Tensor]]:
+    def in_pieces(self, tokens_TD: Tensor, encoded: Encoded) -> Paused[tuple[Tensor, Tensor]]:
         """Return output rows and offsets of one sequence."""
         ...
 
@@ -41,62 +42,60 @@ class PiecedSequence:
     """One sequence on its way.
 
     Args:
-        task: Its task.
-        adapter: Of that task.
-        head: Likewise.
-        batch: The sequence.
+        work: ``in_chunks`` or ``in_pieces`` of it.
     """
 
-    def __init__(
-        self, task: str, adapter: PiecedAdapter, head: PiecedHead, batch: RaggedBatch
-    ) -> None:
-        self.task = task
-        self._encoding = adapter.in_pieces(batch)
-        self._head = head
-        self._answering: Generator[None, None, tuple[Tensor, Tensor]] | None = None
+    def __init__(self, work: Paused[StepOutput]) -> None:
+        self._work = work
+        self._output: StepOutput | None = None
         self.num_done = 0
-        self.encoded: Encoded | None = None
-        self._experts_LTK: Tensor | None = None
-        self._output: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def is_before_blocks(self) -> bool:
-        """Whether the next piece is that of the blocks, see ``pass_blocks``."""
-        return self.encoded is not None and self._answering is None
 
     def advance(self) -> None:
-        """Run the next piece of adapter or head."""
+        """Run the next piece."""
         self.num_done += 1
-        if self._answering is None:
-            self.encoded = _next(self._encoding)
-        else:
-            self._output = _next(self._answering)
+        try:
+            next(self._work)
+        except StopIteration as end:
+            self._output = cast("StepOutput", end.value)
 
-    def pass_blocks(self, tokens_TD: Tensor, experts_LTK: Tensor) -> None:
-        """Take what the blocks made of its tokens."""
-        if self.encoded is None:
-            message = f"expected a sequence whose adapter is done, {self.num_done} pieces are"
-            raise RuntimeError(message)
-        self.num_done += 1
-        self._experts_LTK = experts_LTK
-        self._answering = self._head.in_pieces(tokens_TD, self.encoded)
-
-    def complete(self) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-        """Return output rows and offsets, chosen experts [L, T, K], and token offsets.
+    def complete(self) -> StepOutput:
+        """Return the output.
 
         Raises:
             RuntimeError: It is not done: the task states fewer pieces than there are.
         """
-        if self.encoded is None or self._experts_LTK is None or self._output is None:
+        if self._output is None:
             message = f"expected an answer after {self.num_done} pieces, got none"
             raise RuntimeError(message)
-        return self._output, self._experts_LTK, self.encoded.cu_tokens
+        return self._output
 
 
-def _next(work: Generator[None, None, T]) -> T | None:
-    """Run work up to its next pause; return its result if that was the last piece."""
-    try:
-        next(work)
-    except StopIteration as end:
-        return cast("T", end.value)
-    return None
+def in_chunks(
+    model: "MoETransformer", task: str, batch: RaggedBatch, chunk_tokens: int
+) -> Paused[StepOutput]:
+    """Run a long sequence; adapter and head come with the first and the last chunk."""
+    encoded: Encoded = model.adapters[task](batch)
+    blocks = yield from _up(LongSequence(model, task, encoded, chunk_tokens))
+    output = model.heads[task](blocks.tokens_TD, encoded)
+    return StepOutput({task: output}, blocks.experts_LTK, encoded.cu_tokens)
+
+
+def in_pieces(model: "MoETransformer", task: str, batch: RaggedBatch) -> Paused[StepOutput]:
+    """Run a sequence whose adapter and head are work by themselves."""
+    adapter = cast("PiecedAdapter", model.adapters[task])
+    head = cast("PiecedHead", model.heads[task])
+    encoded = yield from adapter.in_pieces(batch)
+    yield
+    blocks = yield from _up(LongSequence(model, task, encoded, encoded.tokens_TD.shape[0]))
+    yield
+    output = yield from head.in_pieces(blocks.tokens_TD, encoded)
+    return StepOutput({task: output}, blocks.experts_LTK, encoded.cu_tokens)
+
+
+def _up(sequence: LongSequence) -> Paused[LongSequence]:
+    """Take a sequence through the blocks."""
+    sequence.advance()
+    while not sequence.is_done:
+        yield
+        sequence.advance()
+    return sequence

@@ -69,8 +69,8 @@ class TaskSpec:
         extras: Arrays a request must carry.
         agree_within: Difference of the first output up to which two versions agree.
         columns: Names of the columns of a request row, in order; empty if they have none.
-        pieces: Of about equal work that a sequence is run in on a CPU, the blocks being one; if
-            there are several, adapter and head have ``in_pieces`` (``core_model.pieces``).
+        pieces: Of about equal work that adapter and head of a sequence are run in on a CPU; if
+            there are several, both have ``in_pieces`` (``core_model.pieces``).
 
     Raises:
         ValueError: The names are not as many as the columns, or not usable as names.

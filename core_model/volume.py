@@ -16,8 +16,8 @@ Legend: n windows, Z Y X axes of a feature map, C channels, R rows, P window pat
 D model, G gated experts.
 """
 
-from collections.abc import Generator, Iterator
-from typing import TypeAlias, TypeVar, cast
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from core_model.config import MoEConfig
 from core_model.packing import Encoded, RaggedBatch, offsets_from_lengths, segment_ids
+from core_model.paused import Paused, finish
 from core_model.volume_tasks import NUM_CASE, PATCH, PATCH_VOXELS, SLABS, Channels, WindowGrid
 from kernels.attention import FULL, AttentionPattern, varlen_attention
 
@@ -33,19 +34,6 @@ PAIR_CHANNELS = 8 * len(HU_RANGES)  # two voxels along each axis are the channel
 NUM_LOCAL, NUM_GLOBAL_EXPERTS = 2, 2
 NEAR = AttentionPattern(window=320, num_global=NUM_CASE)  # two layers of 144 patches and more
 PLACE_WAVES = 6  # wavelengths of the position code, from 2 m down by halves
-
-
-T = TypeVar("T")
-Paused: TypeAlias = Generator[None, None, T]  # work that pauses between two pieces of it
-
-
-def finish(work: Paused[T]) -> T:
-    """Run work through all of its pauses and return its result."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return cast("T", end.value)
 
 
 class ConvBlock(nn.Sequential):

@@ -50,9 +50,9 @@ class WindowGrid(NamedTuple):
 
 CHANNELS = Channels(24, 48, 96)
 ORGAN_GRID = WindowGrid(12, 12, 12)
-# A window takes .6 s on a CPU core; its pieces 5 to 25 ms, the blocks 50 (docs/log.md#pieces).
+# A window takes .6 s on a CPU core; its pieces 5 to 25 ms (docs/log.md#pieces).
 SLABS, LAST_SLABS = 6, 12  # of each convolution at half the resolution; of the head's last one
-PIECES = 3 * SLABS + LAST_SLABS + 8  # five more of the adapter, two of the head, the blocks
+PIECES = 3 * SLABS + LAST_SLABS + 7  # five more of the adapter, two of the head
 SHAPE_GRIDS = {"adrenal": WindowGrid(4, 4, 4), "adrenal_64": WindowGrid(8, 8, 8)}
 
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from core_model.config import MoEConfig
 from core_model.packing import Encoded
-from core_model.volume import PAIR_CHANNELS, ConvBlock, Paused, finish, narrowed
+from core_model.paused import Paused, finish
+from core_model.volume import PAIR_CHANNELS, ConvBlock, narrowed
 from core_model.volume_tasks import LAST_SLABS, PATCH, PATCH_VOXELS, SLABS, Channels, WindowGrid
 
 

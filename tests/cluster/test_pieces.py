@@ -123,7 +123,8 @@ def test_a_step_that_fails_beside_a_window_does_not_run_its_pieces_twice(
         misfit = stream("misfit", columns=NUM_COLUMNS + 1)  # its adapter raises
         bad = job_of(loaded, stream("misfit"))
         bad.request = misfit
-        middle, last = ORGANS_TASK.pieces // 2, ORGANS_TASK.pieces
+        last = window.work.num_pieces
+        middle = last // 2
         pieces = Slice(window, 0, middle)
         with pytest.raises(RuntimeError):
             runner.run([Slice(bad, 0, bad.work.num_pieces), pieces])

@@ -9,7 +9,7 @@ from torch import Tensor
 from core_model.config import PRESETS
 from core_model.model import MoETransformer
 from core_model.packing import RaggedBatch, offsets_from_lengths
-from core_model.pieces import PiecedSequence
+from core_model.pieces import PiecedSequence, in_pieces
 from core_model.volume import VolumeAdapter
 from core_model.volume_tasks import (
     CHANNELS,
@@ -48,23 +48,6 @@ def window(seed: int, kept: int) -> RaggedBatch:
     )
 
 
-def begin(model: MoETransformer, batch: RaggedBatch) -> PiecedSequence:
-    adapter, head = model.adapters["organs"], model.heads["organs"]
-    assert isinstance(adapter, VolumeAdapter)
-    assert isinstance(head, VoxelHead)
-    sequence = PiecedSequence("organs", adapter, head, batch)
-    while not sequence.is_before_blocks:
-        sequence.advance()
-    return sequence
-
-
-def finish(sequence: PiecedSequence) -> tuple[Tensor, Tensor, Tensor]:
-    while sequence.num_done < ORGANS_TASK.pieces:
-        sequence.advance()
-    (rows, _), experts, cu_tokens = sequence.complete()
-    return rows, experts, cu_tokens
-
-
 def assert_same_answer(rows: Tensor, expected: Tensor) -> None:
     """Labels are equal, but for ties; confidence and share to the last bit of eight."""
     assert float((rows[:, :PATCH_VOXELS] == expected[:, :PATCH_VOXELS]).float().mean()) > 0.999
@@ -77,23 +60,16 @@ def test_the_task_says_into_how_many_pieces_and_slabs_are_whole() -> None:
     assert all(4 * ORGAN_GRID.x % num == 0 for num in (SLABS, LAST_SLABS))
 
 
-def test_windows_that_pass_the_blocks_together_answer_as_each_whole(model: MoETransformer) -> None:
-    batches = [window(1, kept=12), window(2, kept=5)]
-    sequences = [begin(model, batch) for batch in batches]
-    encoded = [each.encoded for each in sequences if each.encoded is not None]
-    assert len(encoded) == len(sequences)
-    tokens, experts = model.run_encoded([("organs", each) for each in encoded])
-    chosen = experts.split([piece.shape[0] for piece in tokens], dim=1)
-    for sequence, batch, piece, own in zip(sequences, batches, tokens, chosen, strict=True):
-        sequence.pass_blocks(piece, own)
-        rows, found, cu_tokens = finish(sequence)
-        whole = model({"organs": batch})
-        assert_same_answer(rows, whole.outputs["organs"][0])
-        assert torch.equal(found, whole.experts_LTK)
-        assert torch.equal(cu_tokens, whole.cu_tokens)
-
-
-def test_an_answer_before_the_last_piece_is_an_error(model: MoETransformer) -> None:
-    sequence = begin(model, window(3, kept=4))
-    with pytest.raises(RuntimeError, match=f"after {sequence.num_done} pieces"):
+def test_as_many_pieces_as_the_task_says_answer_as_the_whole(model: MoETransformer) -> None:
+    batch = window(1, kept=12)
+    sequence = PiecedSequence(in_pieces(model, "organs", batch))
+    num_pieces = ORGANS_TASK.pieces + model.config.num_layers + 1
+    for _ in range(num_pieces - 1):
+        sequence.advance()
+    with pytest.raises(RuntimeError, match=f"after {num_pieces - 1} pieces"):
         sequence.complete()
+    sequence.advance()
+    output, whole = sequence.complete(), model({"organs": batch})
+    assert_same_answer(output.outputs["organs"][0], whole.outputs["organs"][0])
+    assert torch.equal(output.experts_LTK, whole.experts_LTK)
+    assert torch.equal(output.cu_tokens, whole.cu_tokens)
