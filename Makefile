@@ -35,6 +35,7 @@ test: setup
 	log=$$(mktemp)
 	nice $(PYTEST) --phases unit,slow >"$$log" 2>&1 & beside=$$!
 	trap 'kill $$beside 2>/dev/null || true; rm "$$log"' EXIT
+	trap 'exit 130' INT
 	failed=0
 	$(PYTEST) --phases clock,ray,kafka,browser,data,gpu || failed=1
 	wait $$beside || failed=1

@@ -242,7 +242,7 @@ def test_the_root_leads_to_the_console(alerting_plant: Plant) -> None:
     assert (status, headers["Location"]) == (307, "console/")
 
 
-@pytest.mark.slow
+@pytest.mark.clock
 def test_the_command_serves_it(plant: Plant) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

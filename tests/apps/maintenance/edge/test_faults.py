@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[4]
 NUM_KILLS = 30
 
 
-@pytest.mark.slow
+@pytest.mark.clock
 def test_kills_at_random_points(box: Box, signed: SignedFolder, server: FileServer) -> None:
     """SIGKILL in download, patch, switch and watch: a whole slot at each start, nothing lost."""
     box.close()
@@ -107,7 +107,7 @@ def test_a_full_disk(box: Box, signed: SignedFolder, server: FileServer) -> None
     assert json.loads(done.stdout) == [3, "disk_full", 0, 1, 3, "switched"]
 
 
-@pytest.mark.slow
+@pytest.mark.clock
 def test_ten_days_offline_and_a_drain(box: Box, tmp_path: Path) -> None:
     """100 machines, a window an hour each, a restart on the way: all there, in order."""
     num_hours, num_machines = 240, 100

@@ -127,7 +127,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-@pytest.mark.slow
+@pytest.mark.clock
 def test_from_keys_to_a_forecast_by_commands_alone(tmp_path: Path) -> None:
     """sync publish and rollout, edge init and run: forecasts arrive at the platform."""
     fleet, keys, state = tmp_path / "fleet", tmp_path / "keys", tmp_path / "box"
@@ -223,7 +223,7 @@ def test_bodies_that_are_something_else(
         assert "expected" in answer["message"]
 
 
-@pytest.mark.slow
+@pytest.mark.clock
 def test_a_bad_model_stops_its_rollout_by_itself(
     signed: SignedFolder, control: Control, tmp_path: Path
 ) -> None:

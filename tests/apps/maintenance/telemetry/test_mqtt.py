@@ -76,7 +76,7 @@ def wait_for(receiver: Receiver, what: str, num: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.clock
 def test_what_is_odd_is_counted_kept_or_set_aside(
     broker: RunningBroker, tmp_path: Path, plant: Plant
 ) -> None:
@@ -112,7 +112,7 @@ def test_what_is_odd_is_counted_kept_or_set_aside(
     assert fleet.errors.hour.tolist() == [fleet.num_hours - 1]
 
 
-@pytest.mark.slow
+@pytest.mark.clock
 def test_what_came_while_nobody_listened_comes_to_the_next_process(
     broker: RunningBroker, tmp_path: Path, plant: Plant
 ) -> None:
@@ -125,7 +125,7 @@ def test_what_came_while_nobody_listened_comes_to_the_next_process(
         wait_for(receiver, "kept", 2)
 
 
-@pytest.mark.slow
+@pytest.mark.clock
 def test_nothing_is_acknowledged_before_it_is_on_disk(
     broker: RunningBroker, tmp_path: Path, plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,7 +159,7 @@ def test_nothing_is_acknowledged_before_it_is_on_disk(
     assert order == ["disk", "disk", "broker"]
 
 
-@pytest.mark.slow
+@pytest.mark.clock
 def test_a_broker_that_went_away_is_found_again(
     broker: RunningBroker, tmp_path: Path, plant: Plant
 ) -> None:

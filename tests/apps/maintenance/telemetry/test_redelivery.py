@@ -59,7 +59,7 @@ class Wire:
         self.socket.sendall(bytes([PUBLISH_1 | flags, len(body)]) + body)
 
 
-@pytest.mark.slow
+@pytest.mark.clock
 def test_a_message_is_repeated_until_it_is_on_disk_and_kept_once(
     tmp_path: Path, plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
