@@ -102,8 +102,8 @@ def block_sparse_attention(
         FLOPs ``2 H d T (n / pool + 2 K)``, K the keys attended to: the scores of spans, then two
         products.  For n = T = 65,536, H16 D128 and the default pattern (K = 5,312 of 65,536):
         1.1 + 2.9 TFLOP, 5.1 ms at 778 TFLOP/s; dense takes 35.2 TFLOP.  Measured on an H200,
-        2026-11-28, in a CUDA graph, choice included: 8.1 ms (.63 of the roofline), dense with cuDNN
-        58.0 ms; over 131,072 positions 20.7 and 232.8 ms.
+        2026-11-28, in a CUDA graph, choice included: 8.3 ms (.61 of the roofline), dense with cuDNN
+        55.8 ms; over 131,072 positions 20.7 and 232.8 ms.
 
     Source:
         Choice by mean keys: Lu et al. 2025 (MoBA, arXiv:2502.13189); window, chosen and pooled

@@ -26,12 +26,11 @@ matrix multiplication tutorial.
 
 Measured on an H200 (2026-11-28, bfloat16, in a CUDA graph), fraction of the roofline:
 
-    Qwen3-30B-A3B   T = 64, 256, 1024: .998, .967, .848     16384: .727, 566 TFLOPS
-    Mixtral-8x7B    T = 64, 256: 1.01, .907                 16384: .782
-    large           T = 16, 64, 256, 1024: .849, .892, .858, .734
+    Qwen3-30B-A3B   T = 64, 256, 1024: 1.00, .966, .848     16384: .755, 587 TFLOPS
+    Mixtral-8x7B    T = 64, 256: 1.01, .930                 16384: .800
+    large           T = 16, 64, 256, 1024: .863, .899, .868, .740
 
-At T = 16384 of Qwen3 both products run at 602 TFLOPS, and Combine takes 131 of 2186 us, as its
-bytes do.  A permuted copy of the tokens for TMA would cost as much again, by its bytes, and only
+At T = 16384 of Qwen3 Combine takes 131 of 2107 us, as its bytes do.  A permuted copy of the tokens for TMA would cost as much again, by its bytes, and only
 pay if Up then ran at 95 % of the peak.  One row in 17 of the tiles is nobody's (64 of an expert's
 last tile, on average); ``halves`` multiplies half of these.
 

@@ -1,9 +1,8 @@
 """Triton form of ``kernels.norm``: one read of each input, one write of each output.
 
-Measured on an H200 (2026-11-28) with loads that the first-level cache was to evict first, 16,384
-rows of 4,096: 140.0 us, .898 of the bandwidth, and .900 to .912 with 8 to 32 elements a thread;
-in 8 bits 121.9 us; 4,096 rows of 2,048: 18.1 us.  Liger Kernel's loads have no such hint and took
-133.2 us, so these have none either; not measured yet.
+Measured on an H200 inside a CUDA graph (2026-11-28), 16,384 rows of 4,096: 133.4 us, .943 of the
+bandwidth (Liger Kernel in the same run 133.4); in 8 bits 115.1 us; 4,096 rows of 2,048: 18.0 us.
+With loads that the first-level cache was to evict first 139.7 us.
 
 Legend: T rows of a block, D model, S scaled runs of 128 columns.
 """

@@ -5,11 +5,9 @@ each choice among its own.  Behind a barrier of the whole grid it adds up the co
 programs before it, so the row order is the stable one whatever order the programs run in.  A
 program with one tile keeps its choices in registers meanwhile; one that is alone waits for nobody.
 
-Measured on an H200 inside a CUDA graph (2026-11-28), before the map was scattered, ranks were
-counted in bits and a lone program stopped waiting: 128 experts of which 8, T = 1: 13.6 us, 16:
-11.5, 64 and 256: 9.5, 16,384: 45; 256 experts, 16,384: 97; 16 experts of which 2, 256: 5.4.  The
-cooperative launch costs .3 us.  By the latencies of the new code 6.8, 7.3 and 8.4 at T = 1, 16 and
-256; not measured yet.
+Measured on an H200 inside a CUDA graph (2026-11-28): 128 experts of which 8, T = 1: 4.7 us, 16, 64
+and 256: 7.4 to 7.6, 2,048: 14, 16,384: 38; 256 experts, 16,384: 88; 16 experts of which 2, 256: 4.9.
+Balance costs .2 us more.  By bytes alone .04 us at T = 256: latencies and a launch are the rest.
 
 Legend: T tokens of a tile, D model, E experts in columns, K chosen experts, B programs,
 R choices, M tiles of the map, G groups of N experts, C chosen groups.

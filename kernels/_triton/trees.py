@@ -9,9 +9,8 @@ rows they are a power of two apart, and drive each other out), and a node is one
 
 Few rows are spread over the device by chunks of trees, which are then summed.
 
-Measured on an H200 inside a CUDA graph (2026-11-28), before rows were arranged, 300 trees of depth
-4 and 65,536 rows: .308 ms for one value a leaf, .98 ms for 128 (1.23 with 64 sums a thread, 5.1
-with blocks of 64 rows, 1.65 with 256).
+Measured on an H200 inside a CUDA graph (2026-11-28), 300 trees of depth 4 and 65,536 rows: .254 ms
+for one value a leaf, .898 ms for 128 (1.14 with 64 sums a thread; rows not arranged .233, .931).
 
 Legend: B rows of a block, S trees, N inner nodes of all of them, E embedding width, F features,
 C chunks of trees.

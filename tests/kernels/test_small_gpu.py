@@ -89,6 +89,18 @@ def test_experts(num_tokens: int, block_rows: int, width: int, hidden: int) -> N
             assert is_near(launch_moe(*leaves, routing, as_said), want_TD)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 16, 64])
+@pytest.mark.parametrize("block_rows", [16, 32, 64, 128])
+def test_router_and_narrow_experts(num_tokens: int, block_rows: int) -> None:
+    """As ``base`` has them; a sweep of them once ended with an illegal access (docs/log.md)."""
+    logits_TE, bias_E = normal(num_tokens, 16), torch.zeros(16, device="cuda")
+    x_TD = normal(num_tokens, 128).bfloat16()
+    gate_up, down = normal(16, 384, 128).bfloat16() / 11, normal(16, 128, 192).bfloat16() / 14
+    routing = route(logits_TE, bias_E, 2, block_rows=block_rows)
+    got = fused_moe(x_TD, gate_up, down, routing)
+    assert is_near(got, fused_moe(x_TD, gate_up, down, routing, impl="reference"))
+
+
 @pytest.mark.parametrize("block_rows", [16, 64, 128])
 def test_experts_in_8_bits(block_rows: int) -> None:
     routing, x_TD = routed(150, block_rows), normal(150, 640).bfloat16()
