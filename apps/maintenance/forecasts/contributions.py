@@ -14,7 +14,7 @@ from apps.maintenance.degrade import joined
 from apps.maintenance.fleet import Floats, Ints
 from apps.maintenance.forecasts.asking import Answers, ask
 from apps.maintenance.forecasts.calibration import Calibration
-from apps.maintenance.inputs import COLUMNS, EVENT, PATCH_HOURS, Series
+from apps.maintenance.inputs import COLUMNS, EVENT, PATCH, PATCH_HOURS, Series
 from cluster.client import Client
 
 ERRORS, SERVICE = "error codes", "service record"
@@ -55,7 +55,7 @@ async def explain(
 
 
 def without(series: Series, name: str, calibration: Calibration) -> Series:
-    """Return the series with one input unknown."""
+    """Return the series with one input unknown; one of nothing else has one unknown patch left."""
     context, rows = series.context.copy(), series.rows
     num_errors = len(calibration.errors)
     is_event = rows[:, 0] == EVENT
@@ -72,8 +72,13 @@ def without(series: Series, name: str, calibration: Calibration) -> Series:
         SERVICE: (("to_visit", "wear_"), is_event & ~is_error),
     }[name]
     context[:, [i for i, c in enumerate(COLUMNS) if c.startswith(starts)]] = np.nan
-    before = np.concatenate([[0], np.cumsum(~gone)])
-    return Series(rows[~gone], before[series.offsets].astype(np.int32), context)
+    first = series.offsets[:-1]
+    bare = first[np.logical_and.reduceat(gone, first)]
+    rows, kept = rows.copy(), ~gone
+    rows[bare, 0], rows[bare, CODE], rows[bare, CODE + 1 :] = PATCH, 0, np.nan
+    kept[bare] = True
+    before = np.concatenate([[0], np.cumsum(kept)])
+    return Series(rows[kept], before[series.offsets].astype(np.int32), context)
 
 
 def _is_mean_of(column: str, sensor: int) -> bool:

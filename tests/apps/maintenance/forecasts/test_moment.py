@@ -51,13 +51,13 @@ def partly_silent(fleet: Fleet) -> Fleet:
     return replace(
         fleet,
         telemetry=telemetry,
-        errors=of_first_two(fleet.errors),
-        maintenance=of_first_two(fleet.maintenance),
+        errors=of_first(2, fleet.errors),
+        maintenance=of_first(2, fleet.maintenance),
     )
 
 
-def of_first_two(records: Records) -> Records:
-    kept = records.machine < 2
+def of_first(num: int, records: Records) -> Records:
+    kept = records.machine < num
     return Records(records.machine[kept], records.hour[kept], records.kind[kept])
 
 
@@ -136,6 +136,27 @@ def test_an_input_is_hidden_from_columns_and_rows_alike(
     service = without(series, SERVICE, calibration)
     assert not (service.rows[:, 2] >= 5).any()
     assert np.isnan(service.context[:, 0]).all()
+
+
+def test_what_is_known_by_one_input_alone_can_be_asked_without_it(
+    client: LocalClient, fleet: Fleet, tmp_path: Path
+) -> None:
+    """Else the request has a sequence of no rows, and the process of a live plant ended with it."""
+    silent = replace(
+        fleet,
+        telemetry=np.full_like(fleet.telemetry, np.nan),
+        errors=of_first(0, fleet.errors),
+    )
+    series = forecast_inputs(silent, Rows(np.arange(4), np.full(4, HOUR)), 336)
+    assert (series.rows[:, 0] == 1).all()  # service alone
+    calibration = Calibration.read(write_model_folder(tmp_path, 1e-6))
+    hidden = without(series, SERVICE, calibration)
+    assert (np.diff(hidden.offsets) == 1).all()
+    assert np.isnan(hidden.rows[:, 3:]).all()
+    moment = forecast(Counting(client), silent, calibration)
+    assert len(moment.machines) == 4
+    book = AlertBook(rule_of(calibration))
+    asyncio.run(see_moment(book, moment, calibration, client))
 
 
 def test_alerts_begin_where_the_decision_does(tmp_path: Path) -> None:
