@@ -71,7 +71,6 @@ def test_everything_of_three_applications_comes_back_from_one_model(tmp_path: Pa
     assert figures["p99_ratio"] == pytest.approx(figures["p99_beside_ms"] / figures["p99_alone_ms"])
     assert set(figures["tokens"]) == set(TASKS)
     assert min(figures["tokens"].values()) > 0
-    assert 0 <= figures["mixed_share"] < 1  # by chance; tests/cluster/test_pieces.py makes sure
     assert figures["processes_with_model"] == 1
     (replica,) = [each for each in figures["processes"] if each["has_model"]]
     assert "InferenceCore" in replica["name"]
