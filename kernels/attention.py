@@ -87,7 +87,7 @@ def varlen_attention(
         FLOPs ``4 H d`` for each visible pair; bytes ``4 T H d`` elements.  A window of 1024 with 64
         global positions, one sequence of 65,536, H16 D128 bfloat16: 0.66 TFLOP, 0.84 ms at 778
         TFLOP/s.  Gradients take 3.5 times that.  Measured on an H200, 2026-11-28, in a CUDA graph:
-        that window 1.37 ms (.58 of the roofline; FlashAttention-3 without the global positions
+        that window 1.38 ms (.57 of the roofline; FlashAttention-3 without the global positions
         1.19), full attention over 8,192 positions 1.07 ms (.66; FlashAttention-3 .80, cuDNN .87).
 
     Source:

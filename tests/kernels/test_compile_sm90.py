@@ -59,7 +59,8 @@ WARP_GROUP_KERNELS = {
     "_gate_up_kernel",
 }
 SMALL_PRODUCTS = {"_route_kernel"}  # of too few tokens for a warp group
-MAY_SPILL = {"_product_fp8_kernel": 16}  # bytes, of tiles of 128 rows: two sums and a partial one
+# One launch spills: two sums and a partial one of 128 rows; others are a third slower (docs/log.md).
+SPILT = [("qwen3-30b-a3b", "_product_fp8_kernel", 16)]
 OTHER_TRITONS = [path for path in os.environ.get("TRIMOE_TRITON", "").split(os.pathsep) if path]
 Report = dict[str, Any]
 
@@ -87,9 +88,9 @@ def test_every_kernel_is_compiled(reports: list[Report]) -> None:
     assert {report["kernel"] for report in reports} == KERNELS
 
 
-def test_no_kernel_spills(reports: list[Report]) -> None:
+def test_no_kernel_spills_but_one(reports: list[Report]) -> None:
     spilt = [r for r in reports if r["stack_bytes"] > 0 or r["local_bytes"] > 0]
-    assert [r for r in spilt if r["stack_bytes"] > MAY_SPILL.get(r["kernel"], 0)] == []
+    assert [(r["shape"], r["kernel"], r["stack_bytes"]) for r in spilt] == SPILT
 
 
 def test_shared_memory_fits_one_block(reports: list[Report]) -> None:
