@@ -22,7 +22,7 @@ from core_model.config import MoEConfig
 from core_model.model import MoETransformer
 from core_model.training import device_of
 
-MOST_TOKENS = 500_000  # of a task
+MOST_TOKENS = 1_000_000  # of a task
 STEP_TOKENS = 1200  # of a step of the mix, in pieces that follow one another in the task's stream
 NUM_STEPS = 300
 NUM_KINDS = 3  # of each task's tokens

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Self
 
@@ -34,6 +35,7 @@ class FraudLesson:
         data: Where they come from, in words.
         examples: Sampled rows to train on, with forward-chained answers of the trees.
         recent: Rows of the last training days as they came.
+        unlabelled: Rows of the week whose labels had not come yet.
         test: Rows of the last week.
         ensemble: The trees that are served; None leaves the tree expert out.
     """
@@ -41,6 +43,7 @@ class FraudLesson:
     data: str
     examples: Examples
     recent: Examples
+    unlabelled: Examples
     test: Examples
     ensemble: TreeEnsemble | None
 
@@ -59,7 +62,10 @@ class FraudLesson:
         ensemble = dataset.ensemble(start, stop)
         examples = dataset.training_examples(start, stop, seed)
         recent = dataset.traffic_examples(start, stop, seed)
-        return cls(data, examples, recent, dataset.judged(dataset.held_out, ensemble), ensemble)
+        unlabelled, test = (
+            dataset.judged(rows, ensemble) for rows in (dataset.unlabelled, dataset.held_out)
+        )
+        return cls(data, examples, recent, unlabelled, test, ensemble)
 
     @property
     def task(self) -> str:
@@ -68,8 +74,14 @@ class FraudLesson:
 
     def without_trees(self) -> Self:
         """Return the same without the tree expert."""
-        examples, recent, test = map(_blind, (self.examples, self.recent, self.test))
-        return replace(self, examples=examples, recent=recent, test=test, ensemble=None)
+        return replace(
+            self,
+            examples=_blind(self.examples),
+            recent=_blind(self.recent),
+            unlabelled=_blind(self.unlabelled),
+            test=_blind(self.test),
+            ensemble=None,
+        )
 
     def source(self, device: str, seed: int) -> SampleSource:
         """Return its draws."""
@@ -94,8 +106,10 @@ class FraudLesson:
         return in_parts(self.recent.batch(device))
 
     def held_out(self, device: str) -> Iterator[RaggedBatch]:
-        """Yield the last week."""
-        return in_parts(self.test.batch(device))
+        """Yield the last two weeks."""
+        return chain.from_iterable(
+            in_parts(each.batch(device)) for each in (self.unlabelled, self.test)
+        )
 
     def finish(self, model: MoETransformer, folder: Path) -> None:
         """Put the trees into the model."""

@@ -110,6 +110,12 @@ class Dataset:
         return max(self.ledger.first_day + WARM_UP_DAYS, stop - HISTORY_DAYS), stop
 
     @property
+    def unlabelled(self) -> Ints:
+        """Rows of the week of label delay: nothing is learnt from them."""
+        first = self.training_days[1]
+        return np.flatnonzero((self.ledger.day >= first) & (self.ledger.day < first + 7))
+
+    @property
     def held_out(self) -> Ints:
         """Rows to report on: the last week; before it lies a week of label delay."""
         return np.flatnonzero(self.ledger.day >= self.training_days[1] + 7)

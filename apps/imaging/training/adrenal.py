@@ -73,7 +73,10 @@ def load_split(path: Path, split: Split) -> tuple[Tensor, Tensor]:
 
 
 def pack_shapes(masks: Tensor) -> RaggedBatch:
-    """Return volumes bool [n, S, S, S] as one window each."""
+    """Return volumes bool [n, S, S, S] as one window each; patches that hold only air are left out.
+
+    Most do, and they are alike: they would cost as much as the others and crowd a few experts.
+    """
     size, num = masks.shape[1], masks.shape[0]
     grid = SHAPE_GRIDS[TASKS[size]]
     edge = PATCH * grid.z
@@ -85,12 +88,12 @@ def pack_shapes(masks: Tensor) -> RaggedBatch:
     rows = torch.cat([case, own], dim=1)
     cell = torch.cat([grid.num_patches + torch.arange(case.shape[1]), torch.arange(own.shape[1])])
     places = torch.cat([_places(CASE_EDGE, edge), _places(grid.z, edge)])
+    kept = (rows > AIR_HU).any(dim=2)
     extras = {
-        "cell": cell.to(masks.device).int().repeat(num).unsqueeze(1),
-        "place": places.to(masks.device).repeat(num, 1),
+        "cell": cell.to(masks.device).int().expand(num, -1)[kept].unsqueeze(1),
+        "place": places.to(masks.device).expand(num, -1, -1)[kept],
     }
-    lengths = torch.full((num,), rows.shape[1], device=masks.device)
-    return RaggedBatch(rows.flatten(0, 1), offsets_from_lengths(lengths), extras)
+    return RaggedBatch(rows[kept], offsets_from_lengths(kept.sum(dim=1)), extras)
 
 
 def served_shapes(masks: Tensor) -> Iterator[RaggedBatch]:

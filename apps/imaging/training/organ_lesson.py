@@ -44,6 +44,8 @@ from core_model.joint import Draw
 from core_model.model import MoETransformer
 from core_model.packing import Encoded, RaggedBatch
 
+TRAFFIC_EACH = 6  # windows of a case: experts that are balanced on few patients are not on others
+
 
 class StepDraws(Dataset[dict[str, Tensor]]):
     """The windows of each step, packed, by its number.
@@ -175,7 +177,8 @@ class OrganLesson:
 
     def traffic(self, device: str) -> Iterator[RaggedBatch]:
         """Yield windows of training cases as they are served, drawn at random, always the same."""
-        num = self.settings.settling * self.settings.batch_size
+        settled = self.settings.settling * self.settings.batch_size
+        num = max(settled, TRAFFIC_EACH * len(self._parts[0]))
         return self._packed(islice(self._random_windows(), num), device)
 
     def held_out(self, device: str) -> Iterator[RaggedBatch]:

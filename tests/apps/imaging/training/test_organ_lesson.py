@@ -18,7 +18,7 @@ from apps.imaging.stack import SliceStack
 from apps.imaging.training.adrenal import ShapeSettings
 from apps.imaging.training.known import Known
 from apps.imaging.training.loop import VolumeSettings
-from apps.imaging.training.organ_lesson import OrganLesson
+from apps.imaging.training.organ_lesson import TRAFFIC_EACH, OrganLesson
 from apps.imaging.training.recorded import recorded
 from apps.imaging.training.shape_lesson import ShapeLesson
 from apps.imaging.windows import WindowPlan
@@ -91,7 +91,7 @@ def test_what_is_held_out_is_never_trained_on() -> None:
     seen = {hu for batch in traffic for hu in batch.features.amax(dim=1).tolist()} - {AIR_HU}
     assert len(set(held)) == 2  # a tenth
     assert seen.isdisjoint(held)
-    assert sum(batch.num_sequences for batch in traffic) == 30
+    assert sum(batch.num_sequences for batch in traffic) == 18 * TRAFFIC_EACH
     trained_on = {int(volume.hu.max()) for volume in whole.source("cpu", 3).volumes}
     assert trained_on.isdisjoint(int(hu) for hu in held)
     assert len(trained_on) == 18
