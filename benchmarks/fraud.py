@@ -10,7 +10,8 @@ import argparse
 import json
 import sys
 import time
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +35,15 @@ if TYPE_CHECKING:
 
 def measure(args: argparse.Namespace, source: "ModelSource | None" = None) -> dict[str, float]:
     """Run one measurement and return its figures."""
+    with prepared(args, source) as run:
+        return run()
+
+
+@contextmanager
+def prepared(
+    args: argparse.Namespace, source: "ModelSource | None" = None
+) -> Iterator[Callable[[], dict[str, float]]]:
+    """Bring up broker, platform and workers; yield what runs the one measurement."""
     options = {
         **(EMBEDDED_CLIENT_OPTIONS if args.embedded else {}),
         **read_options(args.kafka_config),
@@ -72,8 +82,12 @@ def measure(args: argparse.Namespace, source: "ModelSource | None" = None) -> di
         offer = Offer(world.stream, args.rate)
         process = LoadProcess(address, args.kafka_config, topics, offer)
         stack.callback(process.stop)
-        outcome = run_trial(process, watch, offer, progress=progress_line(sys.stderr))
-    return _figures(outcome, args.settle)
+
+        def run() -> dict[str, float]:
+            outcome = run_trial(process, watch, offer, progress=progress_line(sys.stderr))
+            return _figures(outcome, args.settle)
+
+        yield run
 
 
 def _figures(outcome: Outcome, settle_s: float) -> dict[str, float]:

@@ -172,8 +172,8 @@ def studies(num: int, work: Path, data: Path | None = None) -> Path:
     return _kept(work / f"studies-{num}-{source}", write)
 
 
-def whole_body(work: Path) -> Path:
-    """Return a generated case of 512 x 512 x 400 below ``work``.
+def whole_body(work: Path, shape: PhantomShape = WHOLE_BODY) -> Path:
+    """Return a generated case below ``work``, by default of 512 x 512 x 400.
 
     Returns:
         A folder with the DICOM files in ``SERIES``, and in ``LABELS`` its organs on the model's
@@ -181,11 +181,11 @@ def whole_body(work: Path) -> Path:
     """
 
     def write(folder: Path) -> None:
-        stack, labels = make_phantom(0, WHOLE_BODY)
+        stack, labels = make_phantom(0, shape)
         write_series(stack, folder / SERIES, "whole-body")
         np.save(folder / LABELS, PatientGrid(stack, GRID_MM).gather(labels))
 
-    return _kept(work / "whole-body", write)
+    return _kept(work / f"whole-body-{shape.pixels}-{shape.slices}", write)
 
 
 def _kept(folder: Path, write: Callable[[Path], None]) -> Path:

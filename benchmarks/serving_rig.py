@@ -21,7 +21,7 @@ from cluster.retry import RetryPolicy
 from cluster.step import StepRunner
 from core_model.builtin_tasks import FRAUD
 from core_model.config import PRESETS
-from core_model.graphs import BlockGraphs
+from core_model.graphs import captured_blocks
 from core_model.model import MoETransformer
 
 
@@ -43,8 +43,7 @@ def make_model(preset: str, device: str, version: str = "random-1") -> LoadedMod
         model = MoETransformer(config, list(tasks)).eval().requires_grad_(requires_grad=False)
     if device != "cpu":
         model = model.to(device).narrow_blocks(torch.bfloat16)
-        model.graphs = graphs = BlockGraphs(model)
-        graphs.capture()
+        model.graphs = captured_blocks(model)
     runner = StepRunner(model, tasks, config.num_experts, config.num_layers, device)
     return LoadedModel(runner, version)
 

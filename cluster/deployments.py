@@ -13,7 +13,7 @@ from ray import serve
 from cluster.engine import Engine
 from cluster.errors import TrimoeError, UnavailableError
 from cluster.handle import CORE_NAME
-from cluster.loading import ModelSource, apart
+from cluster.loading import ModelSource, apart, kernels_setting
 from cluster.ray_metrics import RayRecorder
 from cluster.schemas import InferRequest, InferResponse
 from cluster.tracing import trace_answer
@@ -60,8 +60,13 @@ class CoreReplica:
         return response
 
     async def status(self) -> Mapping[str, Any]:
-        """Return what is loaded and how busy it is."""
-        return {"pid": os.getpid(), **self._engine.status(), "aliases_error": self._trouble}
+        """Return what is loaded, how busy it is, and what its environment says of kernels."""
+        return {
+            "pid": os.getpid(),
+            "kernels": kernels_setting(),
+            **self._engine.status(),
+            "aliases_error": self._trouble,
+        }
 
     async def check_health(self) -> None:
         """Tell Serve whether this replica works; the first answer waits for the warm-up.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, ConfigurationError
 from cluster.registry import Registry
 from cluster.step import StepRunner
 from cluster.versions import Aliases
@@ -98,12 +98,28 @@ def apart(load: Callable[[], LoadedModel]) -> LoadedModel:
         return loader.submit(load).result()
 
 
+def kernels_setting() -> str:
+    """Return what $TRIMOE_KERNELS says in this process: "auto", or "torch" for no Triton.
+
+    Raises:
+        ConfigurationError: Neither.
+    """
+    from kernels.dispatch import environment_impl  # noqa: PLC0415 - torch only where it runs
+
+    try:
+        return environment_impl()
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+
+
 def load_checkpoint(path: Path, device: str = "cpu") -> LoadedModel:
     """Load the model of one checkpoint directory.
 
     Raises:
         CheckpointError: As above.
+        ConfigurationError: See ``kernels_setting``.
     """
+    kernels_setting()
     from core_model import checkpoint, graphs  # noqa: PLC0415 - torch only where it runs
 
     try:
@@ -111,8 +127,7 @@ def load_checkpoint(path: Path, device: str = "cpu") -> LoadedModel:
     except checkpoint.CheckpointError as error:
         raise CheckpointError(str(error)) from error
     if device != "cpu":
-        model.graphs = graphs.BlockGraphs(model)
-        model.graphs.capture()
+        model.graphs = graphs.captured_blocks(model)
     tasks = {task: registered_tasks()[task] for task in manifest.tasks}
     if device != "cpu":  # where a sequence takes milliseconds, whole
         tasks = {task: replace(spec, pieces=1) for task, spec in tasks.items()}

@@ -115,7 +115,8 @@ def start(config: PlatformConfig, source: "ModelSource | None" = None) -> Platfo
 
     Raises:
         ConfigurationError: The port is taken, others than this machine could connect without
-            a key, the keys cannot be read, or the replica could not start.
+            a key, the keys cannot be read, $TRIMOE_KERNELS is unknown, or the replica could not
+            start.
         CheckpointError: The weights are missing or altered.
         UnknownModelError: No such model.
     """
@@ -139,8 +140,9 @@ def start(config: PlatformConfig, source: "ModelSource | None" = None) -> Platfo
 
 def _checked_source(config: PlatformConfig) -> "ModelSource":
     """Find and verify the model here, where an error is one line and costs no Ray start."""
-    from cluster.loading import RegistrySource  # noqa: PLC0415 - torch
+    from cluster.loading import RegistrySource, kernels_setting  # noqa: PLC0415 - torch
 
+    kernels_setting()
     registry = Registry(config.models)
     if not registry.is_remote:
         registry = Registry(str(Path(config.models).resolve()))

@@ -7,6 +7,8 @@ grow.  There is a graph for each attention pattern of the model's tasks.  Steps 
 patterns (see ``core_model.packing.merge_groups``) run eagerly, and so do steps wider than the
 largest bucket: there the kernels take longer than their launches.
 
+The torch forms read the experts' loads on the host, so there are no graphs of them.
+
 Legend: T tokens, W width of a bucket, D model, L layers, K chosen experts.
 """
 
@@ -21,6 +23,7 @@ from core_model.model import MoETransformer
 from core_model.moe import Owner
 from core_model.packing import SpanGroup
 from kernels.attention import AttentionPattern
+from kernels.dispatch import environment_impl
 
 BUCKETS = (*range(64, 512, 64), *range(512, 2048, 128), *range(2048, 8193, 256))
 WARM_UPS = 2  # kernels are compiled and memory is taken before the capture
@@ -71,6 +74,19 @@ class Slots:
     def group(self, pattern: AttentionPattern) -> SpanGroup:
         """What the blocks need to know."""
         return SpanGroup(self.width, self.cu_spans, pattern)
+
+
+def captured_blocks(model: MoETransformer) -> "BlockGraphs | None":
+    """Return the captured graphs of a model on a GPU; None where torch forms run.
+
+    Raises:
+        ValueError: See ``environment_impl``.
+    """
+    if environment_impl() == "torch":
+        return None
+    graphs = BlockGraphs(model)
+    graphs.capture()
+    return graphs
 
 
 class _Captured(NamedTuple):

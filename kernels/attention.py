@@ -19,7 +19,15 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
-from kernels.dispatch import FLOATS, Impl, check, compute_dtype, needs_grad, select_impl
+from kernels.dispatch import (
+    FLOATS,
+    Impl,
+    check,
+    compute_dtype,
+    environment_impl,
+    needs_grad,
+    select_impl,
+)
 
 SHORT = 3  # positions of a sequence up to which elementwise products win, with gradient and without
 BLOCK_QUERIES = 256  # rows of a masked block: one score tile of a window of 1024 stays in cache
@@ -105,7 +113,8 @@ def varlen_attention(
         from kernels._triton.attention import launch  # noqa: PLC0415 - Triton is optional
 
         return launch(q_THd, k_THd, v_THd, cu_seqlens, pattern)
-    if impl == "auto" and q_THd.is_cuda and pattern.window is not None and q_THd.itemsize == HALF:
+    may_launch = impl == "auto" and environment_impl() == "auto"
+    if may_launch and q_THd.is_cuda and pattern.window is not None and q_THd.itemsize == HALF:
         from kernels._triton import attention_grad  # noqa: PLC0415 - Triton is optional
 
         if attention_grad.fits(q_THd, k_THd, v_THd, cu_seqlens):

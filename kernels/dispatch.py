@@ -4,16 +4,22 @@ Every op has three forms with one contract.  ``reference`` is the formula, compu
 float32 (float64 for float64 inputs).  ``torch`` is fast eager code for the CPU and for
 training, differentiable by autograd.  ``triton`` is the inference form for CUDA; it is
 imported only when it runs.
+
+``TRIMOE_KERNELS=torch`` in the environment of a process takes Triton out of "auto" there: to
+see whether a kernel is to blame, and what the kernels are worth.
 """
 
+import os
 from collections.abc import Sequence
-from typing import Literal
+from functools import cache
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
 Impl = Literal["auto", "reference", "torch", "triton"]
 Form = Literal["reference", "torch", "triton"]
+VARIABLE: Final = "TRIMOE_KERNELS"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRITON_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -23,14 +29,33 @@ def needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
+@cache
+def environment_impl() -> Literal["auto", "torch"]:
+    """Return what "auto" stands for in this process, read once from its environment.
+
+    Raises:
+        ValueError: The variable has another value.
+    """
+    value = os.environ.get(VARIABLE, "auto")
+    if value == "auto":
+        return "auto"
+    if value == "torch":
+        return "torch"
+    message = f"{VARIABLE}: expected auto or torch, got {value!r}; unset it for auto"
+    raise ValueError(message)
+
+
 def select_impl(impl: Impl, *tensors: Tensor) -> Form:
     """Return the form to run on these inputs.
 
-    "auto" takes Triton on CUDA where no gradient is needed, else torch.
+    "auto" takes Triton on CUDA where no gradient is needed, else torch; torch everywhere if
+    the environment says so (``environment_impl``).
 
     Raises:
         ValueError: Triton was asked for and cannot run on these inputs.
     """
+    if impl == "auto":
+        impl = environment_impl()
     if impl == "auto":
         on_cuda = all(tensor.is_cuda for tensor in tensors)
         return "triton" if on_cuda and not needs_grad(*tensors) else "torch"

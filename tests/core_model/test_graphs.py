@@ -1,13 +1,17 @@
 """A step in a wider bucket gives what it gives alone; the graphs themselves need a GPU."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from core_model.config import PRESETS
-from core_model.graphs import BUCKETS, BlockGraphs, Slots
+from core_model.graphs import BUCKETS, BlockGraphs, Slots, captured_blocks
 from core_model.model import MoETransformer
 from core_model.packing import SpanGroup, merge_groups, offsets_from_lengths
 from kernels.attention import FULL, AttentionPattern
+from kernels.dispatch import VARIABLE, environment_impl, select_impl
 
 
 def step(num_spans: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,3 +121,34 @@ def test_narrowed_blocks_keep_routers_adapters_and_heads_wide() -> None:
     groups = [SpanGroup(5, torch.tensor([0, 2, 5], dtype=torch.int32), FULL)]
     narrow_TD, _ = model.run_blocks(tokens_TD.bfloat16(), groups)
     assert narrow_TD.dtype is torch.bfloat16
+
+
+@pytest.fixture
+def _environment_is_read_anew() -> Iterator[None]:
+    environment_impl.cache_clear()
+    yield
+    environment_impl.cache_clear()
+
+
+@pytest.mark.usefixtures("_environment_is_read_anew")
+def test_the_environment_takes_triton_and_the_graphs_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MoETransformer(PRESETS["tiny"], ["fraud"]).eval()
+    with FakeTensorMode():
+        on_cuda = torch.empty(1, device="cuda")
+    assert select_impl("auto", on_cuda) == "triton"
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert select_impl("auto", on_cuda) == "triton"  # it is read once
+    environment_impl.cache_clear()
+    assert select_impl("auto", on_cuda) == "torch"
+    assert select_impl("triton", on_cuda) == "triton"
+    assert captured_blocks(model) is None
+
+
+@pytest.mark.usefixtures("_environment_is_read_anew")
+@pytest.mark.parametrize("value", ["triton", "Torch", ""])
+def test_an_unknown_word_in_the_environment_is_one_line(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, value)
+    with pytest.raises(ValueError, match=f"TRIMOE_KERNELS: expected auto or torch, got '{value}'"):
+        environment_impl()
