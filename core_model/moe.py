@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from core_model.config import MoEConfig
 from kernels.dispatch import needs_grad
-from kernels.fused_moe import fused_moe, tile_rows
+from kernels.fused_moe import SharedExpert, add_shared, fused_moe, tile_rows
 from kernels.routing import route_tokens
 from kernels.swiglu import swiglu_ffn
 
@@ -101,8 +101,11 @@ class MoELayer(nn.Module):
             block_rows=tile_rows(len(x_TD), self.num_chosen, self.down),
             num_valid=num_valid,
         )
-        narrow_TD, *weights = narrowed_in_training(x_TD, self.gate_up, self.down)
-        routed_TD = fused_moe(narrow_TD, weights[0], weights[1], routing).to(x_TD.dtype)
-        shared = (self.shared_gate_up, self.shared_down)
-        out_TD = swiglu_ffn(x_TD, *shared, routed_TD, scale=self.routed_scale)
+        shared = SharedExpert(self.shared_gate_up, self.shared_down, self.routed_scale)
+        narrow_TD, gate_up, down = narrowed_in_training(x_TD, self.gate_up, self.down)
+        if narrow_TD.dtype == x_TD.dtype:
+            out_TD = fused_moe(x_TD, gate_up, down, routing, shared)
+        else:  # the shared expert is trained in the dtype of its tokens
+            routed_TD = fused_moe(narrow_TD, gate_up, down, routing).to(x_TD.dtype)
+            out_TD = add_shared(x_TD, routed_TD, shared)
         return out_TD, routing.experts_TK

@@ -1,13 +1,19 @@
-"""The layer of routed experts, from tokens to tokens: gather, experts, weighted sum.
+"""The layer of experts, from tokens to tokens: gather, experts, weighted sum, shared expert.
 
-Covered: SwiGLU experts of equal size, any load, empty experts, idle tokens.  Not covered: bias,
-quantised weights.
+Covered: SwiGLU experts of equal size, any load, empty experts, idle tokens, and a shared expert
+of any hidden width.  Not covered: bias, quantised weights.
 
-A shared expert is no slot of this op: it has a width of its own and every token's rows in
-order, so it is a plain dense product, which neither gathers nor sums over choices.
+The shared expert gathers nothing, so its products have launches of their own; the last of them
+ends with the weighted sum over the routed experts, which else is a launch too.
+
+    launches        narrow layer        wide layer
+    routed alone    experts, sum        up, down, sum
+    with shared     experts, shared     shared gate and up, up, down, shared down
 
 Legend: T tokens, R routed rows, D model, F expert hidden, E experts, K chosen, G = 2 F.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +21,23 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
 from kernels.dispatch import FLOATS, Impl, check, compute_dtype, needs_grad, select_impl
-from kernels.moe_config import MoESize, moe_launch
+from kernels.moe_config import MoELaunch, MoESize, moe_launch
 from kernels.routing import Routing
+from kernels.swiglu import fits_one_launch, swiglu_ffn, swiglu_ffn_reference
+
+
+class SharedExpert(NamedTuple):
+    """The expert that every token has, beside the routed ones.
+
+    Args:
+        gate_up_GD: First F rows gate, last F rows up; F is its own, contiguous.
+        down_DF: Contiguous.
+        scale: Factor of what the routed experts give together.
+    """
+
+    gate_up_GD: Tensor
+    down_DF: Tensor
+    scale: float
 
 
 def tile_rows(num_tokens: int, num_chosen: int, down_EDF: Tensor) -> int:
@@ -32,6 +53,7 @@ def fused_moe(
     gate_up_EGD: Tensor,
     down_EDF: Tensor,
     routing: Routing,
+    shared: SharedExpert | None = None,
     *,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -39,17 +61,22 @@ def fused_moe(
 
         out[t] = sum_k w[t, k] down[e] (silu(gate[e] x[t]) * up[e] x[t])     e = expert k of t
 
+    With a shared expert the result is shared(x[t]) + scale * out[t].
+
     Args:
         x_TD: Tokens, float, contiguous.
         gate_up_EGD: First F rows gate, last F rows up; dtype of ``x_TD``, contiguous.
         down_EDF: Dtype of ``x_TD``, contiguous.
         routing: What ``route`` returned; ``tile_rows`` says which tiles suit the experts.
+        shared: Dtype of ``x_TD``; its expert adds to every token, idle ones too.
         impl: Form to run; on CUDA "auto" is Triton with gradients too.
 
     Returns:
         [T, D], dtype of ``x_TD``, differentiable in all but the order.  Products and the sum over
-        choices are accumulated in float32; the hidden row and each expert's output (of a narrow
-        layer each part of it) are rounded to the dtype of ``x_TD`` (not in the reference).  A run with the same inputs gives the same bits.
+        choices are accumulated in float32; hidden rows and each routed expert's output (of a
+        narrow layer each part of it) are rounded to the dtype of ``x_TD`` (not in the
+        reference); so are both summands of a shared expert with gradients or in torch.  The same
+        inputs give the same bits.
 
     Raises:
         ValueError: A shape, dtype or layout disagrees with the above.
@@ -66,14 +93,30 @@ def fused_moe(
     weights_dtypes = (torch.float32, compute_dtype(x_TD.dtype))
     check("routing.weights_TK", routing.weights_TK, (num_tokens, num_chosen), weights_dtypes)
     inputs = (x_TD, gate_up_EGD, down_EDF, routing.weights_TK)
-    form = select_impl(impl, *(tensor.detach() for tensor in inputs))  # it has gradients itself
-    if form == "triton":
-        if needs_grad(*inputs):
-            out_TD: Tensor = _FusedMoE.apply(*inputs, routing)  # type: ignore[no-untyped-call]
-            return out_TD
-        return _launch(x_TD, gate_up_EGD, down_EDF, routing)
-    run = fused_moe_reference if form == "reference" else _fused_moe_torch
-    return run(x_TD, gate_up_EGD, down_EDF, routing)
+    given: tuple[Tensor, ...] = inputs
+    if shared is not None:
+        check("shared.down_DF", shared.down_DF, (width, None), x_TD.dtype)
+        check(
+            "shared.gate_up_GD", shared.gate_up_GD, (2 * shared.down_DF.shape[1], width), x_TD.dtype
+        )
+        given += shared[:2]
+    form = select_impl(impl, *(tensor.detach() for tensor in given))  # it has gradients itself
+    if form == "reference":
+        return fused_moe_reference(x_TD, gate_up_EGD, down_EDF, routing, shared)
+    if form == "torch":
+        routed_TD = _fused_moe_torch(x_TD, gate_up_EGD, down_EDF, routing)
+    elif needs_grad(*given):
+        routed_TD = _FusedMoE.apply(*inputs, routing)  # type: ignore[no-untyped-call]
+    else:
+        config = moe_launch(_size(num_chosen, down_EDF), num_tokens, routing.block_rows)
+        return launch(x_TD, gate_up_EGD, down_EDF, routing, config, shared)
+    return routed_TD if shared is None else add_shared(x_TD, routed_TD, shared)
+
+
+def add_shared(x_TD: Tensor, routed_TD: Tensor, shared: SharedExpert) -> Tensor:
+    """Return shared(x) + scale * routed in torch, so differentiable."""
+    shared_TD = swiglu_ffn(x_TD, shared.gate_up_GD, shared.down_DF, impl="torch")
+    return torch.add(shared_TD, routed_TD, alpha=shared.scale)
 
 
 class _FusedMoE(torch.autograd.Function):
@@ -92,7 +135,8 @@ class _FusedMoE(torch.autograd.Function):
         ctx.save_for_backward(x_TD, gate_up_EGD, down_EDF, weights_TK)
         routing = routing._replace(weights_TK=weights_TK)
         ctx.order = routing._replace(weights_TK=weights_TK.new_empty(0))  # type: ignore[attr-defined]
-        return _launch(x_TD, gate_up_EGD, down_EDF, routing)
+        config = moe_launch(_size(weights_TK.shape[1], down_EDF), len(x_TD), routing.block_rows)
+        return launch(x_TD, gate_up_EGD, down_EDF, routing, config)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
@@ -104,14 +148,37 @@ class _FusedMoE(torch.autograd.Function):
         return *launch(grad_TD.contiguous(), x_TD, gate_up_EGD, down_EDF, routing), None
 
 
-def _launch(x_TD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, routing: Routing) -> Tensor:
-    from kernels._triton import fused_moe, fused_moe_narrow  # noqa: PLC0415 - Triton is optional
+def launch(
+    x_TD: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    routing: Routing,
+    config: MoELaunch,
+    shared: SharedExpert | None = None,
+) -> Tensor:
+    """Run the Triton form on checked inputs, cut as told.
 
-    size = _size(routing.rows_TK.shape[1], down_EDF)
-    config = moe_launch(size, len(x_TD), routing.block_rows)
-    form = fused_moe_narrow if size.is_narrow else fused_moe
-    out_TD: Tensor = form.launch(x_TD, gate_up_EGD, down_EDF, routing, config)
-    return out_TD
+    The shared expert's last launch multiplies before it waits.  What it reads then is complete:
+    its hidden rows are of the first launch, for which all programs of the second have waited.
+    """
+    from kernels._triton import fused_moe, fused_moe_narrow, swiglu  # noqa: PLC0415 - optional
+    from kernels._triton.chain import is_chained  # noqa: PLC0415
+
+    is_narrow = _size(routing.rows_TK.shape[1], down_EDF).is_narrow
+    form = fused_moe_narrow if is_narrow else fused_moe
+    experts = (x_TD, gate_up_EGD, down_EDF, routing, config)
+    out_TD: Tensor
+    if shared is None or x_TD.numel() == 0:
+        out_TD = form.launch(*experts)
+        return out_TD
+    hidden_TF, chained = None, is_chained(config)
+    if not fits_one_launch(x_TD):
+        hidden_TF = swiglu.launch_gate_up(x_TD, shared.gate_up_GD, chained=chained)
+    choices = (routing.rows_TK, routing.weights_TK, shared.scale, chained)
+    routed = swiglu.Choices(form.launch_rows(*experts), *choices)
+    if hidden_TF is None:
+        return swiglu.launch(x_TD, shared.gate_up_GD, shared.down_DF, routed)
+    return swiglu.launch_down(hidden_TF, shared.down_DF, routed)
 
 
 def _size(num_chosen: int, down_EDF: Tensor) -> MoESize:
@@ -120,7 +187,11 @@ def _size(num_chosen: int, down_EDF: Tensor) -> MoESize:
 
 
 def fused_moe_reference(
-    x_TD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, routing: Routing
+    x_TD: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    routing: Routing,
+    shared: SharedExpert | None = None,
 ) -> Tensor:
     """The formula, expert by expert."""
     wide = compute_dtype(x_TD.dtype)
@@ -133,7 +204,12 @@ def fused_moe_reference(
         pieces.append(hidden_NF @ down_EDF[expert].to(wide).T)
     y_RD = torch.cat([*pieces, rows_RD[sum(loads) :].to(wide)])
     y_TKD = y_RD[routing.rows_TK]
-    return (routing.weights_TK.to(wide).unsqueeze(-1) * y_TKD).sum(dim=1).to(x_TD.dtype)
+    out_TD = (routing.weights_TK.to(wide).unsqueeze(-1) * y_TKD).sum(dim=1)
+    if shared is not None:
+        given = (x_TD, shared.gate_up_GD, shared.down_DF)
+        shared_TD = swiglu_ffn_reference(*(tensor.to(wide) for tensor in given))
+        out_TD = shared_TD + shared.scale * out_TD
+    return out_TD.to(x_TD.dtype)
 
 
 def _fused_moe_torch(

@@ -1,10 +1,10 @@
-"""The feed-forward of a shared expert or of a dense layer, for every token.
+"""The feed-forward of a dense layer, or of a shared expert, for every token.
 
-What the routed experts gave is added on the way.  Of narrow layers the hidden rows never leave
-the chip: one launch.  Of wide ones the gate is applied where gate and up are computed, so that
-only the hidden rows are written: two launches.
+Of narrow layers the hidden rows never leave the chip: one launch.  Of wide ones the gate is
+applied where gate and up are computed, so that only the hidden rows are written: two launches.
+A shared expert beside routed ones is a slot of ``fused_moe``.
 
-    bytes   2 T D w + 3 D F w, wide also 2 T F w, an addend T D w        w bytes of a value
+    bytes   2 T D w + 3 D F w, wide also 2 T F w        w bytes of a value
     FLOPs   6 T D F
 
 Each form gives the same bits each time.
@@ -14,7 +14,6 @@ Covered: SwiGLU without bias, any number of tokens.  Not covered: quantised weig
 Legend: T tokens, D model, F hidden, G = 2 F.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -27,19 +26,15 @@ def swiglu_ffn(
     x_TD: Tensor,
     gate_up_GD: Tensor,
     down_DF: Tensor,
-    addend_TD: Tensor | None = None,
     *,
-    scale: float = 1.0,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Return down (silu(gate x) * up x) + scale * addend of each token.
+    """Return down (silu(gate x) * up x) of each token.
 
     Args:
         x_TD: Tokens, float, contiguous.
         gate_up_GD: First F rows gate, last F rows up; dtype of ``x_TD``, contiguous.
         down_DF: Dtype of ``x_TD``, contiguous.
-        addend_TD: Shape and dtype of ``x_TD``, contiguous; may be overwritten.  None = 0.
-        scale: Of the addend.
         impl: Form to run.
 
     Returns:
@@ -56,25 +51,17 @@ def swiglu_ffn(
     check("x_TD", x_TD, (None, width), FLOATS)
     check("gate_up_GD", gate_up_GD, (2 * hidden, width), x_TD.dtype)
     check("down_DF", down_DF, (width, hidden), x_TD.dtype)
-    given = [x_TD, gate_up_GD, down_DF]
-    if addend_TD is not None:
-        check("addend_TD", addend_TD, x_TD.shape, x_TD.dtype)
-        given.append(addend_TD)
-    form = select_impl(impl, *given)
+    form = select_impl(impl, x_TD, gate_up_GD, down_DF)
     if form == "triton":
         from kernels._triton.swiglu import launch, launch_gate_up  # noqa: PLC0415 - optional
 
         if fits_one_launch(x_TD):
-            return launch(x_TD, gate_up_GD, down_DF, addend_TD, scale)
-        hidden_TF = launch_gate_up(x_TD, gate_up_GD)
-        if addend_TD is None:
-            return functional.linear(hidden_TF, down_DF)
-        return addend_TD.addmm_(hidden_TF, down_DF.T, beta=scale)
+            return launch(x_TD, gate_up_GD, down_DF)
+        return functional.linear(launch_gate_up(x_TD, gate_up_GD), down_DF)
     if form == "torch":
         gate_TF, up_TF = functional.linear(x_TD, gate_up_GD).chunk(2, dim=-1)
-        out_TD = functional.linear(functional.silu(gate_TF) * up_TF, down_DF)
-        return out_TD if addend_TD is None else torch.add(out_TD, addend_TD, alpha=scale)
-    return swiglu_ffn_reference(x_TD, gate_up_GD, down_DF, addend_TD, scale)
+        return functional.linear(functional.silu(gate_TF) * up_TF, down_DF)
+    return swiglu_ffn_reference(x_TD, gate_up_GD, down_DF)
 
 
 def fits_one_launch(x_TD: Tensor) -> bool:
@@ -82,15 +69,11 @@ def fits_one_launch(x_TD: Tensor) -> bool:
     return x_TD.shape[1] <= NARROW and x_TD.element_size() == 2
 
 
-def swiglu_ffn_reference(
-    x_TD: Tensor, gate_up_GD: Tensor, down_DF: Tensor, addend_TD: Tensor | None, scale: float
-) -> Tensor:
+def swiglu_ffn_reference(x_TD: Tensor, gate_up_GD: Tensor, down_DF: Tensor) -> Tensor:
     """The formula."""
     wide = compute_dtype(x_TD.dtype)
     gate_FD, up_FD = gate_up_GD.to(wide).chunk(2)
     wide_TD = x_TD.to(wide)
     hidden_TF = functional.silu(wide_TD @ gate_FD.T) * (wide_TD @ up_FD.T)
     out_TD: Tensor = hidden_TF @ down_DF.to(wide).T
-    if addend_TD is not None:
-        out_TD = out_TD + scale * addend_TD.to(wide)
     return out_TD.to(x_TD.dtype)

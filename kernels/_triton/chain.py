@@ -12,7 +12,8 @@ from kernels.moe_config import MoELaunch
 def begin(CHAINED: tl.constexpr) -> None:
     """Wait for what the last launch of a chain wrote, then let the next one come.
 
-    In this order a launch may read before it waits what its predecessor itself was given.
+    In this order a launch may read before it waits what its predecessor itself was given, for it
+    comes when each program of the predecessor has begun or ended.
     """
     if CHAINED:
         gdc_wait()

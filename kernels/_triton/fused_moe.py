@@ -4,7 +4,8 @@ Up      h[r] = silu(gate[e] x[t]) * (up[e] x[t])     row r of token t; rows are 
 Down    y[r] = down[e] h[r]
 Combine out[t] = sum_k w[t, k] y[rows[t, k]]
 
-Narrow layers have a form of their own, ``fused_moe_narrow``.
+Narrow layers have a form of their own, ``fused_moe_narrow``.  Beside a shared expert Combine is
+the end of that one's last product, ``swiglu``, and no launch.
 
 A program owns one tile of the routing's map and a block of output columns.  The rows of gate and
 up that belong together are one tile of weights and one product, so SwiGLU takes place between
@@ -24,13 +25,14 @@ Sources: Gale et al. 2022 (arXiv:2211.15841) for tiles of ragged experts; Tan et
 (arXiv:2403.08245) for the gather inside the product; the launch order is that of Triton's
 matrix multiplication tutorial.
 
-Measured on an H200 (2026-11-28, bfloat16, in a CUDA graph), fraction of the roofline:
+Measured on an H200 before the slot of the shared expert (2026-11-28, bfloat16, in a CUDA graph),
+fraction of the roofline:
 
     Qwen3-30B-A3B   T = 64, 256, 1024: 1.00, .966, .848     16384: .755, 587 TFLOPS
     Mixtral-8x7B    T = 64, 256: 1.01, .930                 16384: .800
     large           T = 16, 64, 256, 1024: .863, .899, .868, .740
 
-At T = 16384 of Qwen3 Combine takes 131 of 2107 us, as its bytes do.  A permuted copy of the tokens for TMA would cost as much again, by its bytes, and only
+At T = 16384 of Qwen3 Combine took 131 of 2107 us, as its bytes do.  A permuted copy of the tokens for TMA would cost as much again, by its bytes, and only
 pay if Up then ran at 95 % of the peak.  One row in 17 of the tiles is nobody's (64 of an expert's
 last tile, on average); ``halves`` multiplies half of these.
 
@@ -304,12 +306,19 @@ def launch_down(h_RF: Tensor, down_EDF: Tensor, routing: Routing, config: MoELau
     )
 
 
+def launch_rows(
+    x_TD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, routing: Routing, config: MoELaunch
+) -> Tensor:
+    """Return the outputs of the experts in expert order, [R, D], from one token on."""
+    h_RF = launch_up(x_TD, gate_up_EGD, routing, config)
+    return launch_down(h_RF, down_EDF, routing, config)
+
+
 def launch(
     x_TD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, routing: Routing, config: MoELaunch
 ) -> Tensor:
     """Run all three on checked inputs."""
-    if routing.tokens_R.numel() == 0 or x_TD.numel() == 0:
+    if x_TD.numel() == 0:
         return torch.empty_like(x_TD)
-    h_RF = launch_up(x_TD, gate_up_EGD, routing, config)
-    y_RD = launch_down(h_RF, down_EDF, routing, config)
+    y_RD = launch_rows(x_TD, gate_up_EGD, down_EDF, routing, config)
     return launch_combine(y_RD, routing, config)

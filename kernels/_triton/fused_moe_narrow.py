@@ -5,13 +5,15 @@ Combine out[t] = sum_k w[t, k] sum_p y[rows[t, k], p]
 
 A program owns one tile of the routing's map and a part of the hidden columns, 64 of them: its
 weights are read at once, its hidden rows never leave the chip, and few tokens still keep many
-multiprocessors busy.  The parts of a row are summed in ``Combine``.
+multiprocessors busy.  The parts of a row are summed in ``Combine``, which beside a shared expert
+is the end of that one's launch.
 
 Bytes: E_hit * 3 D F of weights, 2 T D of tokens (the roofline), and 2 R D P of rows between both.
 FLOPs: 6 R D F.
 
-Measured: not yet; the three launches of ``fused_moe`` took 7.2, 7.5, 8.0, 12.6 us for T = 16, 64,
-256, 1024 of base (H200, 2026-11-28; .07 to .08 of the roofline, since a launch alone takes 2 us).
+Measured: not yet; before the slot of the shared expert the three launches of ``fused_moe`` took
+7.2, 7.5, 8.0, 12.6 us for T = 16, 64, 256, 1024 of base (H200, 2026-11-28; .07 to .08 of the
+roofline, since a launch alone takes 2 us).
 
 Deterministic: every sum has one order, and no atomic is used.  Nothing waits for the host.
 
@@ -24,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.chain import begin, is_chained
-from kernels._triton.combine import sum_choices
+from kernels._triton.combine import launch_combine
 from kernels._triton.numerics import dot
 from kernels.moe_config import MIN_BLOCK, SMALL_ROWS, MoELaunch
 from kernels.routing import Routing
@@ -85,13 +87,11 @@ def _narrow_kernel(
         tl.store(out_RD_ptr, y_RD.to(out_ptr.dtype.element_ty), mask=inside_RD)
 
 
-def launch(
+def launch_rows(
     x_TD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, routing: Routing, config: MoELaunch
 ) -> Tensor:
-    """Run both on checked inputs."""
+    """Return the parts of the outputs of the experts in expert order, [R, P, D], from a token on."""
     num_rows, (_, width, hidden) = routing.tokens_R.numel(), down_EDF.shape
-    if num_rows == 0:
-        return torch.empty_like(x_TD)
     block_f = max(MIN_BLOCK, min(PART, triton.next_power_of_2(hidden)))
     num_parts = triton.cdiv(hidden, block_f)
     y_RPD = torch.empty(num_rows, num_parts, width, dtype=x_TD.dtype, device=x_TD.device)
@@ -116,4 +116,14 @@ def launch(
         num_warps=8 if routing.block_rows > PART else 4,
         launch_pdl=chained,
     )
-    return sum_choices(y_RPD, routing.weights_TK, routing.rows_TK, chained=chained)
+    return y_RPD
+
+
+def launch(
+    x_TD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, routing: Routing, config: MoELaunch
+) -> Tensor:
+    """Run both on checked inputs."""
+    if x_TD.numel() == 0:
+        return torch.empty_like(x_TD)
+    y_RPD = launch_rows(x_TD, gate_up_EGD, down_EDF, routing, config)
+    return launch_combine(y_RPD, routing, config)

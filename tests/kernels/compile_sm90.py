@@ -179,15 +179,22 @@ def launch_routing(shape: Shape) -> Routing:
 
 
 def launch_swiglu(shape: Shape) -> None:
-    """Launch a shared expert, of few tokens and of many."""
+    """Launch a dense layer and a shared expert, of few tokens and of many."""
     t, d, f = shape[:3]
     meta = partial(empty, dtype=shape.dtype)
-    if swiglu_op.fits_one_launch(meta(t, d)):
-        for addend_TD in (None, meta(t, d)):
-            swiglu.launch(meta(t, d), meta(2 * f, d), meta(d, f), addend_TD, 1.0)
-        return
     for num_tokens in (64, t):
-        swiglu.launch_gate_up(meta(num_tokens, d), meta(2 * f, d))
+        x_TD, gate_up_GD, down_DF = meta(num_tokens, d), meta(2 * f, d), meta(d, f)
+        num_rows, weights_TK = num_tokens * shape.chosen, empty(num_tokens, shape.chosen)
+        rows = (weights_TK.int(), weights_TK, 1.0, True)
+        routed = swiglu.Choices(meta(num_rows, d), *rows)
+        if swiglu_op.fits_one_launch(x_TD):
+            parts = swiglu.Choices(meta(num_rows, triton.cdiv(f, fused_moe_narrow.PART), d), *rows)
+            for added in (None, routed, parts):
+                swiglu.launch(x_TD, gate_up_GD, down_DF, added)
+        else:
+            swiglu.launch_gate_up(x_TD, gate_up_GD)
+            hidden_TF = swiglu.launch_gate_up(x_TD, gate_up_GD, chained=True)
+            swiglu.launch_down(hidden_TF, down_DF, routed)
 
 
 def launch_moe(shape: Shape, routed: Routing) -> None:

@@ -42,6 +42,7 @@ KERNELS = {
     "_arrange_kernel",
     "_swiglu_kernel",
     "_gate_up_kernel",
+    "_down_kernel",
 }
 WARP_GROUP_KERNELS = {
     "_product_kernel",
@@ -57,6 +58,7 @@ WARP_GROUP_KERNELS = {
     "_score_kernel",
     "_swiglu_kernel",
     "_gate_up_kernel",
+    "_down_kernel",
 }
 SMALL_PRODUCTS = {"_route_kernel"}  # of too few tokens for a warp group
 # One launch spills: two sums and a partial one of 128 rows; others are a third slower (docs/log.md).

@@ -6,14 +6,16 @@ from typing import get_args
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
-from kernels._triton import fused_moe_narrow
+from kernels._triton import fused_moe_narrow, swiglu
 from kernels._triton.fused_moe import launch
 from kernels.dispatch import Form, Impl
-from kernels.fused_moe import fused_moe, tile_rows
+from kernels.fused_moe import SharedExpert, add_shared, fused_moe, tile_rows
 from kernels.fused_moe_fp8 import E4M3
 from kernels.moe_config import MoELaunch, MoESize, ProductLaunch, rule
 from kernels.routing import Routing, route
+from kernels.swiglu import swiglu_ffn
 
 NearCheck = Callable[[Tensor, Tensor], None]
 Inputs = tuple[Tensor, Tensor, Tensor, Routing]
@@ -235,7 +237,13 @@ def test_gradients_agree(
         assert_near(got / norm, want / norm)
 
 
-new_empty = Tensor.new_empty
+new_empty, empty = Tensor.new_empty, torch.empty
+
+
+def empty_broken(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor of NaN, so that what nobody writes is seen."""
+    made: Tensor = empty(shape, dtype=dtype, device=device)
+    return made.fill_(math.nan) if made.is_floating_point() else made
 
 
 def new_broken(tensor: Tensor, *shape: int, **options: torch.dtype) -> Tensor:
@@ -262,6 +270,150 @@ def test_idle_tokens_have_no_gradient(
         )
         for each, expected in zip(got, want, strict=True):
             assert_near(each, expected)
+
+
+def draw_shared(x_TD: Tensor, hidden: int, scale: float = 0.7) -> SharedExpert:
+    width = x_TD.shape[1]
+    gate_up = torch.randn(2 * hidden, width, device=x_TD.device) * width**-0.5
+    down = torch.randn(width, hidden, device=x_TD.device) * hidden**-0.5
+    return SharedExpert(gate_up.to(x_TD.dtype), down.to(x_TD.dtype), scale)
+
+
+BESIDE = [  # T, sizes, shared hidden
+    (0, (16, 8, 3, 1), 8),
+    (1, (24, 20, 8, 2), 33),  # most experts empty
+    (37, (128, 192, 5, 2), 192),  # narrow both, rows of three parts
+    (65, (100, 136, 2, 2), 130),  # two tiles of tokens, the last part is not full
+    (23, (72, 272, 5, 2), 40),  # whole rows, the shared expert narrow
+    (65, (136, 40, 3, 2), 40),  # wide both, two tiles of tokens and of columns
+]
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("num_tokens", "sizes", "hidden"), BESIDE)
+def test_forms_agree_beside_a_shared_expert(
+    impl: Impl,
+    dtype: torch.dtype,
+    num_tokens: int,
+    sizes: tuple[int, int, int, int],
+    hidden: int,
+    device: torch.device,
+    assert_near: NearCheck,
+) -> None:
+    inputs = draw(num_tokens, sizes, device, dtype)
+    shared = draw_shared(inputs[0], hidden)
+    got = fused_moe(*inputs, shared, impl=impl)
+    assert got.dtype == dtype
+    assert_near(got, fused_moe(*inputs, shared, impl="reference"))
+
+
+def test_the_shared_expert_is_added_to_the_scaled_sum(assert_near: NearCheck) -> None:
+    inputs = draw(7, (6, 5, 4, 2), torch.device("cpu"), torch.float64)
+    shared = draw_shared(inputs[0], 3, scale=2.5)
+    got = fused_moe(*inputs, shared, impl="reference")
+    routed = fused_moe(*inputs, impl="reference")
+    assert_near(got, swiglu_ffn(inputs[0], *shared[:2], impl="reference") + 2.5 * routed)
+    assert torch.equal(
+        fused_moe(*inputs, shared), add_shared(inputs[0], fused_moe(*inputs), shared)
+    )
+
+
+def test_bfloat16_beside_a_shared_expert(assert_near: NearCheck) -> None:
+    inputs = draw(41, (24, 20, 5, 2), torch.device("cpu"), torch.bfloat16)
+    shared = draw_shared(inputs[0], 33)
+    assert_near(fused_moe(*inputs, shared), fused_moe(*inputs, shared, impl="reference"))
+
+
+def test_large_tiles_beside_a_shared_expert_give_the_same(
+    device: torch.device, assert_near: NearCheck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = draw(131, (136, 24, 3, 1), device, torch.float16)
+    shared = draw_shared(inputs[0], 72)
+    for name in ("NUM_CORES", "MANY_TILES"):
+        monkeypatch.setattr(swiglu, name, 1)
+    got = fused_moe(*inputs, shared, impl="triton")
+    assert_near(got, fused_moe(*inputs, shared, impl="reference"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts launches of the interpreter")
+@pytest.mark.parametrize(
+    ("sizes", "alone", "beside"),
+    [((128, 192, 3, 2), 2, 2), ((72, 272, 3, 2), 3, 3), ((136, 72, 3, 2), 3, 4)],
+)
+def test_beside_a_shared_expert_the_sum_is_no_launch(
+    sizes: tuple[int, int, int, int], alone: int, beside: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = draw(3, sizes, torch.device("cpu"), torch.float16)
+    launches: list[object] = []
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *_, **__: launches.append(0))
+    for shared, expected in ((None, alone), (draw_shared(inputs[0], 40), beside)):
+        launches.clear()
+        fused_moe(*inputs, shared, impl="triton")
+        assert len(launches) == expected
+
+
+@pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize(("width", "hidden"), [(32, 40), (32, 272), (136, 24)])
+@pytest.mark.parametrize("count", [0, 13])
+def test_idle_tokens_are_given_the_shared_expert_alone(
+    impl: Impl,
+    width: int,
+    hidden: int,
+    count: int,
+    device: torch.device,
+    assert_near: NearCheck,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x_TD, gate_up, down, _ = draw(21, (width, hidden, 4, 2), device, torch.float16)
+    shared = draw_shared(x_TD, 40)
+    logits_TE, bias_E = torch.randn(21, 4, device=device), torch.zeros(4, device=device)
+    num_valid = torch.tensor([count], dtype=torch.int32, device=device)
+    routing = route(logits_TE, bias_E, 2, block_rows=16, num_valid=num_valid)
+    alone = route(logits_TE[:count].contiguous(), bias_E, 2, block_rows=16)
+    monkeypatch.setattr(torch, "empty", empty_broken)
+    out_TD = fused_moe(x_TD, gate_up, down, routing, shared, impl=impl)
+    want = fused_moe(x_TD[:count], gate_up, down, alone, shared, impl="reference")
+    assert_near(out_TD[:count], want)
+    assert_near(out_TD[count:], swiglu_ffn(x_TD[count:], *shared[:2], impl="reference"))
+
+
+@pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("width", [16, 136])
+def test_a_broken_token_stays_alone_beside_a_shared_expert(
+    impl: Impl, width: int, device: torch.device
+) -> None:
+    x_TD, gate_up, down, routing = draw(70, (width, 16, 3, 2), device, torch.float16)
+    x_TD[11] = torch.nan
+    out_TD = fused_moe(x_TD, gate_up, down, routing, draw_shared(x_TD, 24), impl=impl)
+    assert out_TD.isnan().any(dim=1).nonzero().flatten().tolist() == [11]
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_gradients_agree_beside_a_shared_expert(
+    impl: Impl, device: torch.device, assert_near: NearCheck
+) -> None:
+    x, gate_up, down, routing = draw(19, (24, 12, 5, 2), device, torch.float32)
+    shared, weights = draw_shared(x, 20), routing.weights_TK.clone()
+    routing = routing._replace(weights_TK=weights)
+    every = (x, gate_up, down, weights, shared.gate_up_GD, shared.down_DF)
+    leaves = [tensor.requires_grad_() for tensor in every]
+    weight_TD = torch.randn_like(x)
+    got, want = (
+        torch.autograd.grad(
+            (fused_moe(x, gate_up, down, routing, shared, impl=form) * weight_TD).sum(), leaves
+        )
+        for form in (impl, "reference")
+    )
+    for each, expected in zip(got, want, strict=True):
+        norm = expected.norm() / expected.numel() ** 0.5
+        assert_near(each / norm, expected / norm)
+
+
+def test_a_shared_expert_of_another_width_is_refused() -> None:
+    inputs = draw(3, (4, 4, 2, 1), torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match=r"shared\.gate_up_GD: expected"):
+        fused_moe(*inputs, SharedExpert(torch.zeros(6, 4), torch.zeros(4, 2), 1.0))
 
 
 def test_weights_of_another_dtype_are_refused() -> None:

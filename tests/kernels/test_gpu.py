@@ -1,5 +1,6 @@
 """Triton forms on a real GPU: bfloat16 too, larger shapes, skewed routing, CUDA graphs."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ from kernels._triton.fused_moe import launch as launch_moe
 from kernels.attention import AttentionPattern, attention_reference, varlen_attention
 from kernels.block_sparse import SparsePattern, block_sparse_attention
 from kernels.dispatch import Impl
-from kernels.fused_moe import fused_moe
+from kernels.fused_moe import SharedExpert, fused_moe, launch
 from kernels.fused_moe_fp8 import fused_moe_fp8, quantize_experts, quantize_rows
 from kernels.moe_config import MoESize, rule
 from kernels.norm import add_rmsnorm, add_rmsnorm_fp8
@@ -51,6 +52,16 @@ SIZES = [
 ]
 
 
+# the same, of an expert layer beside a shared expert: narrow, wide with a narrow shared one, wide
+BESIDE = [
+    SIZES[0],
+    SIZES[1],
+    (300, 128, 384, 16, 2, 32),
+    (1009, 520, 136, 7, 3, 32),
+    (4099, 1024, 768, 64, 4, 128),
+]
+
+
 def draw_logits(num_tokens: int, num_experts: int, *, zipf: bool) -> Tensor:
     """Return router logits; under Zipf the expert of rank r is chosen about 1 / r as often."""
     logits_TE = torch.randn(num_tokens, num_experts, device="cuda")
@@ -65,6 +76,11 @@ def draw_experts(
     gate_up = torch.randn(num_experts, 2 * hidden, width, device="cuda") * width**-0.5
     down = torch.randn(num_experts, width, hidden, device="cuda") * hidden**-0.5
     return gate_up.to(dtype), down.to(dtype)
+
+
+def draw_shared(x_TD: Tensor, hidden: int) -> SharedExpert:
+    gate_up, down = draw_experts(1, x_TD.shape[1], hidden, x_TD.dtype)
+    return SharedExpert(gate_up[0], down[0], 0.5)
 
 
 def layer(
@@ -273,13 +289,54 @@ def test_swiglu(dtype: torch.dtype, size: tuple[int, int, int], assert_near: Nea
     num_tokens, width, hidden = size
     x_TD = torch.randn(num_tokens, width, device="cuda").to(dtype)
     gate_up, down = draw_experts(1, width, hidden, dtype)
-    routed_TD = torch.randn_like(x_TD)
-    for addend in (None, routed_TD):
-        got, want = (
-            swiglu_ffn(x_TD, gate_up[0], down[0], addend, scale=0.5, impl=impl)
-            for impl in ("reference", "triton")  # the latter may overwrite the addend
-        )
-        assert_near(want, got)
+    got, want = (
+        swiglu_ffn(x_TD, gate_up[0], down[0], impl=impl) for impl in ("triton", "reference")
+    )
+    assert_near(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", BESIDE, ids=str)
+@pytest.mark.parametrize("chained", [False, True])
+def test_fused_moe_beside_a_shared_expert(
+    dtype: torch.dtype,
+    size: tuple[int, int, int, int, int, int],
+    chained: bool,
+    assert_near: NearCheck,
+) -> None:
+    num_tokens, width, hidden, num_experts, num_chosen, block_rows = size
+    logits_TE = draw_logits(num_tokens, num_experts, zipf=True)
+    bias_E = torch.zeros(num_experts, device="cuda")
+    routing = route(logits_TE, bias_E, num_chosen, block_rows=block_rows)
+    x_TD = torch.randn(num_tokens, width, device="cuda").to(dtype)
+    weights, shared = draw_experts(num_experts, width, hidden, dtype), draw_shared(x_TD, 200)
+    by_rule = rule(MoESize(num_experts, num_chosen, width, hidden, dtype), num_tokens, block_rows)
+    config = replace(by_rule, chained=chained)
+    got, again = (launch(x_TD, *weights, routing, config, shared) for _ in range(2))
+    assert_near(got, fused_moe(x_TD, *weights, routing, shared, impl="reference"))
+    assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("size", BESIDE, ids=str)
+@pytest.mark.parametrize("num_valid", [0, 5])
+def test_idle_tokens_are_given_the_shared_expert_alone(
+    size: tuple[int, int, int, int, int, int], num_valid: int, assert_near: NearCheck
+) -> None:
+    num_tokens, width, hidden, num_experts, num_chosen, block_rows = size
+    logits_TE = draw_logits(num_tokens, num_experts, zipf=False)
+    bias_E = torch.zeros(num_experts, device="cuda")
+    count = torch.tensor([num_valid], dtype=torch.int32, device="cuda")
+    routing = route(logits_TE, bias_E, num_chosen, block_rows=block_rows, num_valid=count)
+    x_TD = torch.randn(num_tokens, width, device="cuda").bfloat16()
+    weights = draw_experts(num_experts, width, hidden, x_TD.dtype)
+    shared = draw_shared(x_TD, 200)
+    by_rule = rule(
+        MoESize(num_experts, num_chosen, width, hidden, x_TD.dtype), num_tokens, block_rows
+    )
+    config = replace(by_rule, chained=True)
+    got = launch(x_TD, *weights, routing, config, shared)
+    want = swiglu_ffn(x_TD, *shared[:2], impl="reference")
+    assert_near(got[num_valid:], want[num_valid:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -551,6 +608,41 @@ def test_chained_launches_replay_in_a_cuda_graph(assert_near: NearCheck) -> None
         graph.replay()
         for x_TD, out_TD in zip(tokens, outputs, strict=True):
             assert_near(out_TD, fused_moe(x_TD, *weights, routing, impl="reference"))
+
+
+@pytest.mark.parametrize("size", BESIDE[::2], ids=str)
+def test_chained_launches_beside_a_shared_expert_replay_in_a_cuda_graph(
+    size: tuple[int, int, int, int, int, int], assert_near: NearCheck
+) -> None:
+    num_tokens, width, hidden, num_experts, num_chosen, block_rows = size
+    by_rule = rule(
+        MoESize(num_experts, num_chosen, width, hidden, torch.bfloat16), num_tokens, block_rows
+    )
+    config = replace(by_rule, chained=True)
+    weights = draw_experts(num_experts, width, hidden, torch.bfloat16)
+    logits_TE = draw_logits(num_tokens, num_experts, zipf=True)
+    bias_E = torch.zeros(num_experts, device="cuda")
+    routing = route(logits_TE, bias_E, num_chosen, block_rows=block_rows)
+    first_TD = torch.randn(num_tokens, width, device="cuda").bfloat16()
+    shared = draw_shared(first_TD, 200)
+
+    def run() -> list[Tensor]:  # each layer's tokens are what the one before wrote
+        outputs = [first_TD]
+        for _ in range(3):
+            outputs.append(launch(outputs[-1], *weights, routing, config, shared))
+        return outputs
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+    for _ in range(3):
+        first_TD.copy_(torch.randn(num_tokens, width, device="cuda"))
+        graph.replay()
+        for x_TD, out_TD in itertools.pairwise(outputs):
+            want = fused_moe(x_TD, *weights, routing, shared, impl="reference")
+            assert_near(out_TD, want)
 
 
 def test_large_row_offsets_do_not_overflow(assert_near: NearCheck) -> None:
