@@ -11,9 +11,11 @@ is the end of that one's launch.
 Bytes: E_hit * 3 D F of weights, 2 T D of tokens (the roofline), and 2 R D P of rows between both.
 FLOPs: 6 R D F.
 
-Measured: not yet; before the slot of the shared expert the three launches of ``fused_moe`` took
-7.2, 7.5, 8.0, 12.6 us for T = 16, 64, 256, 1024 of base (H200, 2026-11-28; .07 to .08 of the
-roofline, since a launch alone takes 2 us).
+Measured on an H200 (2026-11-28, bfloat16, chained, in a CUDA graph): 5.4, 5.5, 5.6, 7.2 us for
+T = 16, 64, 256, 1024 of base, .09 to .14 of the roofline, since a launch alone takes 2 us.
+
+Tiles of 64 rows were the fastest throughout.  Fewer rows with the weights as the left operand are
+right in the interpreter and wrong on the device (docs/log.md).
 
 Deterministic: every sum has one order, and no atomic is used.  Nothing waits for the host.
 
@@ -28,7 +30,7 @@ from torch import Tensor
 from kernels._triton.chain import begin, is_chained
 from kernels._triton.combine import launch_combine
 from kernels._triton.numerics import dot
-from kernels.moe_config import MIN_BLOCK, SMALL_ROWS, MoELaunch
+from kernels.moe_config import MIN_BLOCK, MoELaunch
 from kernels.routing import Routing
 
 PART = 64  # hidden columns: the left operand of wgmma
@@ -46,7 +48,6 @@ def _narrow_kernel(
     tile_row_ptr: tl.tensor,
     D: tl.constexpr,
     F: tl.constexpr,
-    SWAP: tl.constexpr,  # weights are the left operand
     CHAINED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -71,16 +72,10 @@ def _narrow_kernel(
         token_R = tl.load(tokens_ptr + tl.minimum(row_R, end - 1))  # others' rows are not stored
         x_RD_ptr = x_ptr + token_R.to(tl.int64)[:, None] * D + column_D[None, :]
         x_RD = tl.load(x_RD_ptr, mask=(column_D < D)[None, :], other=0.0)
-        if SWAP:
-            gate_FR = dot(gate_FD, x_RD.T, tl.zeros((BLOCK_F, BLOCK_R), tl.float32))
-            up_FR = dot(up_FD, x_RD.T, tl.zeros((BLOCK_F, BLOCK_R), tl.float32))
-            h_FR = (gate_FR * tl.sigmoid(gate_FR) * up_FR).to(x_RD.dtype)
-            y_RD = dot(down_DF, h_FR, tl.zeros((BLOCK_D, BLOCK_R), tl.float32)).T
-        else:
-            gate_RF = dot(x_RD, gate_FD.T, tl.zeros((BLOCK_R, BLOCK_F), tl.float32))
-            up_RF = dot(x_RD, up_FD.T, tl.zeros((BLOCK_R, BLOCK_F), tl.float32))
-            h_RF = (gate_RF * tl.sigmoid(gate_RF) * up_RF).to(x_RD.dtype)
-            y_RD = dot(h_RF, down_DF.T, tl.zeros((BLOCK_R, BLOCK_D), tl.float32))
+        gate_RF = dot(x_RD, gate_FD.T, tl.zeros((BLOCK_R, BLOCK_F), tl.float32))
+        up_RF = dot(x_RD, up_FD.T, tl.zeros((BLOCK_R, BLOCK_F), tl.float32))
+        h_RF = (gate_RF * tl.sigmoid(gate_RF) * up_RF).to(x_RD.dtype)
+        y_RD = dot(h_RF, down_DF.T, tl.zeros((BLOCK_R, BLOCK_D), tl.float32))
         place_R = row_R.to(tl.int64) * tl.num_programs(1) + part
         inside_RD = (row_R < end)[:, None] & (column_D < D)[None, :]
         out_RD_ptr = out_ptr + place_R[:, None] * D + column_D[None, :]
@@ -108,7 +103,6 @@ def launch_rows(
         routing.tile_row_M,
         D=width,
         F=hidden,
-        SWAP=routing.block_rows <= SMALL_ROWS,
         CHAINED=chained,
         BLOCK_R=routing.block_rows,
         BLOCK_D=max(MIN_BLOCK, triton.next_power_of_2(width)),

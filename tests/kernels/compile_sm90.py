@@ -142,10 +142,13 @@ def report(number: int) -> str:
     job = RECORDER.jobs[number]
     kernel = triton.compile(job.source, target=TARGET, options=job.options)
     usage = resource_usage(kernel.asm["cubin"])
+    names = job.source.fn.arg_names
+    sizes = {names[path[0]]: value for path, value in job.source.constants.items()}
     line = {
         "triton": triton.__version__,
         "shape": job.shape,
         "kernel": kernel.metadata.name,
+        "rows": sizes.get("BLOCK_R"),
         "registers": usage["REG"],
         "stack_bytes": usage["STACK"],
         "local_bytes": usage["LOCAL"],
