@@ -76,15 +76,16 @@ def prepared(
                 plan, args.workers, models=args.models, device=args.device, source=source
             )
         )
-        watch = Watch(
-            stack.enter_context(closing(open_watch_stream(kafka))), topics, from_start=False
-        )
+        load = stack.enter_context(ExitStack())
+        stream = load.enter_context(closing(open_watch_stream(kafka)))
+        watch = Watch(stream, topics, from_start=False)
         offer = Offer(world.stream, args.rate)
         process = LoadProcess(address, args.kafka_config, topics, offer)
-        stack.callback(process.stop)
+        load.callback(process.stop)
 
         def run() -> dict[str, float]:
-            outcome = run_trial(process, watch, offer, progress=progress_line(sys.stderr))
+            with load:
+                outcome = run_trial(process, watch, offer, progress=progress_line(sys.stderr))
             return _figures(outcome, args.settle)
 
         yield run

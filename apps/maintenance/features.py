@@ -6,9 +6,6 @@ down in the hour of the failure that it answers.  Vectorised numpy over a dense 
 Legend: M machines, T hours, N rows, K kinds, C components.
 """
 
-from collections.abc import Iterator
-from typing import Literal
-
 import numpy as np
 
 from apps.maintenance.fleet import Fleet, Floats32, Ints, Records
@@ -20,13 +17,54 @@ LONGEST_PERIOD_DAYS = 60
 REGULAR_SHARE = 0.8  # of the gaps between visits that must be whole periods
 
 
+class Timeline:
+    """The hours of records on one axis, where each machine has a stretch of its own.
+
+    So a search finds a machine's records, all rows at once.
+
+    Args:
+        records: Of one kind of thing, such as errors.
+    """
+
+    def __init__(self, records: Records) -> None:
+        self._before = int(records.hour.min(initial=0)) - 1
+        self._stretch = int(records.hour.max(initial=0)) + 2 - self._before
+        self.places = self._place(records.machine, records.hour)
+
+    def _place(self, machine: Ints, hour: Ints) -> Ints:
+        since = np.clip(hour - self._before, 0, self._stretch - 1)
+        place: Ints = machine * self._stretch + since
+        return place
+
+    def until(self, places: Ints, rows: Rows, hours_ago: int = 0, *, strict: bool = False) -> Ints:
+        """Count those of sorted places that earlier machines have, and the row's own up to then.
+
+        Args:
+            places: Some of ``places``, in order.
+            rows: Machine and hour t of each.
+            hours_ago: Then is t less these.
+            strict: Leave out what happened in that hour itself.
+        """
+        then = self._place(rows.machine, rows.hour - hours_ago)
+        count: Ints = np.searchsorted(places, then, side="left" if strict else "right")
+        return count
+
+    def since_last(self, places: Ints, rows: Rows, *, strict: bool) -> Floats32:
+        """Return the hours since the last of sorted places, NaN if the machine has none, [N]."""
+        last = self.until(places, rows, strict=strict) - 1
+        found = last >= np.searchsorted(places, rows.machine * self._stretch)
+        since = np.full(rows.size, np.nan, np.float32)
+        hour = places[last[found]] - rows.machine[found] * self._stretch + self._before
+        since[found] = rows.hour[found] - hour
+        return since
+
+
 def event_counts(records: Records, rows: Rows, num_kinds: int, hours: int) -> Floats32:
     """Count the records of each kind in (t - hours, t], [N, K]."""
-    counts = np.zeros((rows.size, num_kinds), np.float32)
-    for part, kind, own in _per_machine(records, rows, num_kinds):
-        t = rows.hour[part]
-        late = np.searchsorted(own, t, side="right")
-        counts[part, kind] = late - np.searchsorted(own, t - hours, side="right")
+    line, counts = Timeline(records), np.empty((rows.size, num_kinds), np.float32)
+    for kind in range(num_kinds):
+        own = line.places[records.kind == kind]
+        counts[:, kind] = line.until(own, rows) - line.until(own, rows, hours)
     return counts
 
 
@@ -39,23 +77,11 @@ def hours_since(records: Records, rows: Rows, num_kinds: int, *, strict: bool) -
         num_kinds: K.
         strict: Leave out what happened in the hour t itself.
     """
-    since = np.full((rows.size, num_kinds), np.nan, np.float32)
-    side: Literal["left", "right"] = "left" if strict else "right"
-    for part, kind, own in _per_machine(records, rows, num_kinds):
-        t = rows.hour[part]
-        position = np.searchsorted(own, t, side=side) - 1
-        found = position >= 0
-        since[np.arange(part.start, part.stop)[found], kind] = t[found] - own[position[found]]
+    line, since = Timeline(records), np.empty((rows.size, num_kinds), np.float32)
+    for kind in range(num_kinds):
+        own = line.places[records.kind == kind]
+        since[:, kind] = line.since_last(own, rows, strict=strict)
     return since
-
-
-def _per_machine(records: Records, rows: Rows, num_kinds: int) -> Iterator[tuple[slice, int, Ints]]:
-    """Yield a machine's rows, a kind, and the hours of the machine's records of that kind."""
-    for machine in np.unique(rows.machine):
-        first, last = np.searchsorted(rows.machine, (machine, machine + 1))
-        hours, kinds = records.of(machine)
-        for kind in range(num_kinds):
-            yield slice(int(first), int(last)), kind, hours[kinds == kind]
 
 
 def log_features(fleet: Fleet, rows: Rows) -> Floats32:

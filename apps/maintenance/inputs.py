@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from apps.maintenance.features import (
     HOURS_PER_DAY,
+    Timeline,
     event_counts,
     hours_since,
     hours_to_service,
@@ -157,22 +158,16 @@ def _patches(telemetry: Floats32, rows: Rows) -> tuple[Ints, Floats32]:
 def _errors(
     errors: Records, rows: Rows, to_visit: Floats32, num_sensors: int
 ) -> tuple[Ints, Floats32]:
-    owners, moments, codes = [], [], []
-    for machine in np.unique(rows.machine):
-        first, last = np.searchsorted(rows.machine, (machine, machine + 1))
-        hours, kinds = errors.of(machine)
-        t = rows.hour[first:last]
-        late = np.searchsorted(hours, t, side="right")
-        early = np.searchsorted(hours, t - EVENT_HOURS, side="right")
-        lengths = late - np.maximum(early, late - MAX_ERRORS)
-        owner = np.repeat(np.arange(first, last), lengths)
-        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        index = np.repeat(late - lengths, lengths) + within
-        owners.append(owner)
-        moments.append(hours[index])
-        codes.append(kinds[index])
-    owner, hour = np.concatenate(owners), np.concatenate(moments)
-    return owner, _events(rows, to_visit, owner, hour, np.concatenate(codes), num_sensors)
+    line = Timeline(errors)
+    late = line.until(line.places, rows)
+    early = line.until(line.places, rows, EVENT_HOURS)
+    lengths = late - np.maximum(early, late - MAX_ERRORS)
+    owner = np.repeat(np.arange(rows.size), lengths)
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    index = np.repeat(late - lengths, lengths) + within
+    return owner, _events(
+        rows, to_visit, owner, errors.hour[index], errors.kind[index], num_sensors
+    )
 
 
 def _replacements(
