@@ -23,6 +23,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +89,16 @@ class Trainer:
     def learn_native(self) -> None:
         """Train with the patterns as well, in what is left of the time; the rate falls to 0."""
         setup, first_s, turn = self.setup, self.spent_s, 0
+        sparse = replace(setup.sparse, num_selected=setup.native_selected)
         while self.spent_s < self.seconds:
             began_s = time.monotonic()
             batch = self._draw(setup.native_length, setup.num_names)
-            pattern = (None, setup.sparse, setup.pooled)[turn % 3]
+            pattern = (None, sparse, setup.pooled)[turn % 3]
             with self._autocast():
                 logits = self.model(batch, pattern)
                 loss = _loss(logits, batch)
                 if pattern is None:
-                    mass = covered(self.model, batch, setup.sparse).mass
+                    mass = covered(self.model, batch, sparse).mass
                     loss = loss - MASS_WEIGHT * mass.clamp(min=LEAST_MASS).log().mean()
             progress = (self.spent_s - first_s) / (self.seconds - first_s)
             rate = setup.rate * 0.5 * (1 + math.cos(math.pi * progress))

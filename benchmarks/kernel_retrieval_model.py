@@ -32,7 +32,8 @@ class Setup(NamedTuple):
         num_names: Different keys, and different values.
         num_fillers: Different tokens of the filler.
         stages: Length and names of each stage of training; the next begins when this is learnt.
-        native_length: Positions of a sequence while the pattern itself is trained.
+        native_length: Positions of a sequence while the patterns themselves are trained.
+        native_selected: Blocks that are chosen there: as few of these, that it is no easier.
         tokens: Of a training step.
         lengths: Positions in the evaluation.
         tests: Sequences of each length in the evaluation.
@@ -50,6 +51,7 @@ class Setup(NamedTuple):
     num_fillers: int
     stages: tuple[tuple[int, int], ...]
     native_length: int
+    native_selected: int
     tokens: int
     lengths: tuple[int, ...]
     tests: int
@@ -76,7 +78,8 @@ GPU = Setup(
     num_names=256,
     num_fillers=32,
     stages=((64, 16), (128, 32), (256, 64), (512, 128), (1024, 256), (2048, 256)),
-    native_length=4096,
+    native_length=2048,
+    native_selected=4,
     tokens=32768,
     lengths=(4096, 8192, 16384, 32768),
     tests=32,
@@ -86,7 +89,7 @@ GPU = Setup(
     rate=2e-3,
     sparse=SparsePattern(num_selected=32, window=256),
     selected_and_pooled=SparsePattern(num_selected=32, window=256, far="pooled"),
-    pooled=SparsePattern(num_selected=0, window=256, far="pooled"),
+    pooled=SparsePattern(num_selected=0, window=256, far="pooled", pool=8),
 )
 CPU = Setup(
     num_pairs=8,
@@ -94,6 +97,7 @@ CPU = Setup(
     num_fillers=8,
     stages=((64, 16), (128, 32), (256, 32)),
     native_length=256,
+    native_selected=8,
     tokens=2048,
     lengths=(256, 512, 1024),
     tests=16,
@@ -103,7 +107,7 @@ CPU = Setup(
     rate=3e-3,
     sparse=SparsePattern(8, 16, 8, "dropped", 16, 8, 2),
     selected_and_pooled=SparsePattern(8, 16, 8, "pooled", 16, 8, 2),
-    pooled=SparsePattern(0, 16, 8, "pooled", 16, 8, 2),
+    pooled=SparsePattern(0, 16, 8, "pooled", 16, 8, 8),
 )
 
 
