@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels.block_sparse import SparsePattern, block_sparse_attention, seen_blocks
+from kernels.compress import pool_spans
 
+LEAST_MASS = 1e-6  # whose logarithm is taken
 USUAL_LENGTH = 128  # at which scores are as they are
 
 
@@ -209,11 +211,13 @@ class Covered(NamedTuple):
 
     Args:
         mass: Share of each row, head and layer, [layers, B * H, n].
+        divergence: Of the scores' softmax over blocks from each row's mass in blocks, the same.
         best: The most that as many blocks could have; of each block of queries, [layers, B * H, I].
         keys: Share of blocks attended to, the same.
     """
 
     mass: Tensor
+    divergence: Tensor
     best: Tensor
     keys: Tensor
 
@@ -233,13 +237,33 @@ def covered(model: Recaller, batch: Batch, pattern: SparsePattern) -> Covered:
 
 def _covered(q_nHd: Tensor, k_nHd: Tensor, pattern: SparsePattern) -> tuple[Tensor, ...]:
     seen_HIJ = seen_blocks(q_nHd, k_nHd, pattern)
-    mass, best = [], []
+    mass, divergence, best = [], [], []
     for i, q_QHd in enumerate(q_nHd.split(pattern.query_block)):
         score_HQK = torch.einsum("qhd,khd->hqk", q_QHd, k_nHd) * q_nHd.shape[2] ** -0.5
         weight_HQK = functional.pad(score_HQK.softmax(dim=2), (0, -len(k_nHd) % pattern.key_block))
         mass_HQJ = weight_HQK.unflatten(2, (-1, pattern.key_block)).sum(3)
         mass.append((mass_HQJ * seen_HIJ[:, i : i + 1]).sum(2))
+        said_HQJ = _span_scores(q_QHd, k_nHd, pattern).log_softmax(dim=2)
+        wanted_HQJ = mass_HQJ.detach()
+        gap_HQJ = wanted_HQJ.clamp(min=LEAST_MASS).log() - said_HQJ
+        divergence.append((wanted_HQJ * gap_HQJ).sum(2))
         sorted_HJ = mass_HQJ.detach().mean(1).sort(dim=1, descending=True).values
         last_H1 = seen_HIJ[:, i].sum(1, keepdim=True) - 1
         best.append(sorted_HJ.cumsum(1).gather(1, last_H1)[:, 0])
-    return torch.cat(mass, dim=1), torch.stack(best, dim=1), seen_HIJ.float().mean(2)
+    parts = torch.cat(mass, dim=1), torch.cat(divergence, dim=1)
+    return *parts, torch.stack(best, dim=1), seen_HIJ.float().mean(2)
+
+
+def _span_scores(q_QHd: Tensor, k_nHd: Tensor, pattern: SparsePattern) -> Tensor:
+    """Return the score of each block for each query as ``block_sparse`` has it, [H, Q, J].
+
+    In the units of attention's own scores if one key of a span stands out: its mean is that key
+    over the length of the span.
+    """
+    cu_seqlens = torch.tensor([0, len(k_nHd)], dtype=torch.int32, device=k_nHd.device)
+    num_spans = -(-len(k_nHd) // pattern.pool)
+    means_SHd = pool_spans(k_nHd, cu_seqlens, pattern.pool, impl="torch")[:num_spans]
+    scale = pattern.pool * q_QHd.shape[2] ** -0.5
+    score_HQS = torch.einsum("qhd,shd->hqs", q_QHd, means_SHd - k_nHd.mean(0)) * scale
+    parts = score_HQS.split(pattern.key_block // pattern.pool, dim=2)
+    return torch.stack([part.amax(2) for part in parts], dim=2)
