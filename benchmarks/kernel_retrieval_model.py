@@ -21,7 +21,9 @@ from torch.nn import functional
 
 from kernels.block_sparse import SparsePattern, block_sparse_attention, seen_blocks
 from kernels.compress import pool_spans
+from kernels.dispatch import Impl, needs_grad
 
+MOST_SCORES = 1 << 28  # of queries and keys at once: 1 GiB
 LEAST_MASS = 1e-6  # whose logarithm is taken
 USUAL_LENGTH = 128  # at which scores are as they are
 
@@ -178,7 +180,9 @@ class Layer(nn.Module):
             mixed = functional.scaled_dot_product_attention(query, key, value)[0].transpose(0, 1)
         else:
             cu_seqlens = torch.tensor([0, len(q)], dtype=torch.int32, device=q.device)
-            mixed = block_sparse_attention(q, k, v, cu_seqlens, pattern)
+            # in training, on few positions: masked scores of all keys take few launches
+            form: Impl = "reference" if q.is_cuda and needs_grad(q) else "auto"
+            mixed = block_sparse_attention(q, k, v, cu_seqlens, pattern, impl=form)
         mixed_BnHd = mixed.unflatten(1, (-1, self.num_heads)).transpose(0, 1)
         x_BnD = x_BnD + self.out(mixed_BnHd.flatten(2))
         out_BnD: Tensor = x_BnD + self.down(functional.gelu(self.up(self.norms[1](x_BnD))))
@@ -238,20 +242,24 @@ def covered(model: Recaller, batch: Batch, pattern: SparsePattern) -> Covered:
 def _covered(q_nHd: Tensor, k_nHd: Tensor, pattern: SparsePattern) -> tuple[Tensor, ...]:
     seen_HIJ = seen_blocks(q_nHd, k_nHd, pattern)
     mass, divergence, best = [], [], []
-    for i, q_QHd in enumerate(q_nHd.split(pattern.query_block)):
+    each = pattern.query_block
+    rows = each * max(1, MOST_SCORES // (each * k_nHd.shape[0] * k_nHd.shape[1]))
+    for first, q_QHd in zip(range(0, len(q_nHd), rows), q_nHd.split(rows), strict=True):
         score_HQK = torch.einsum("qhd,khd->hqk", q_QHd, k_nHd) * q_nHd.shape[2] ** -0.5
         weight_HQK = functional.pad(score_HQK.softmax(dim=2), (0, -len(k_nHd) % pattern.key_block))
         mass_HQJ = weight_HQK.unflatten(2, (-1, pattern.key_block)).sum(3)
-        mass.append((mass_HQJ * seen_HIJ[:, i : i + 1]).sum(2))
+        block_Q = torch.arange(first, first + len(q_QHd), device=q_nHd.device) // each
+        mass.append((mass_HQJ * seen_HIJ[:, block_Q]).sum(2))
         said_HQJ = _span_scores(q_QHd, k_nHd, pattern).log_softmax(dim=2)
         wanted_HQJ = mass_HQJ.detach()
         gap_HQJ = wanted_HQJ.clamp(min=LEAST_MASS).log() - said_HQJ
         divergence.append((wanted_HQJ * gap_HQJ).sum(2))
-        sorted_HJ = mass_HQJ.detach().mean(1).sort(dim=1, descending=True).values
-        last_H1 = seen_HIJ[:, i].sum(1, keepdim=True) - 1
-        best.append(sorted_HJ.cumsum(1).gather(1, last_H1)[:, 0])
+        best += [part.mean(1) for part in wanted_HQJ.split(each, dim=1)]
+    sorted_HIJ = torch.stack(best, dim=1).sort(dim=2, descending=True).values
+    last_HI1 = seen_HIJ.sum(2, keepdim=True) - 1
+    best_HI = sorted_HIJ.cumsum(2).gather(2, last_HI1)[:, :, 0]
     parts = torch.cat(mass, dim=1), torch.cat(divergence, dim=1)
-    return *parts, torch.stack(best, dim=1), seen_HIJ.float().mean(2)
+    return *parts, best_HI, seen_HIJ.float().mean(2)
 
 
 def _span_scores(q_QHd: Tensor, k_nHd: Tensor, pattern: SparsePattern) -> Tensor:
