@@ -5,10 +5,9 @@ A small transformer learns associative recall (``kernel_retrieval_model``) in tw
 1. With dense attention alone, on sequences that grow, and with names that become more, whenever
    the last ones are learnt.
 2. With the patterns as well, as a model would be that is made for them: steps of dense attention,
-   of chosen blocks and of pooled keys take turns.  To the loss of dense steps is added how far the
-   scores that blocks are chosen by are from where the dense attention's mass lies, the divergence
-   of one softmax from the other (as Gao et al. 2024, arXiv:2410.13276, distil a gate); the choice
-   itself has no gradient.
+   of chosen blocks and of pooled keys take turns.  To the loss of dense steps is added
+   ``-log(mass on the chosen blocks)``, the divergence of dense attention from what is left of it
+   when the other blocks are dropped.  The choice itself has no gradient.
 
 Figures, after each part and for each length: accuracy of dense, block-sparse and pooled attention
 with the same weights; share of the dense attention's mass on attended blocks, over all rows, heads
@@ -49,7 +48,8 @@ REPORT_S = 5.0
 DENSE_SHARE = 0.5  # of the time, at most
 LEARNT = 0.95  # right, when a stage ends
 MEMORY = 0.8  # of the running share of right answers
-CHOICE_WEIGHT = 0.3
+MASS_WEIGHT = 0.3
+LEAST_MASS = 1e-6
 
 
 class Trainer:
@@ -98,9 +98,8 @@ class Trainer:
                 logits = self.model(batch, pattern)
                 loss = _loss(logits, batch)
                 if pattern is None:
-                    loss = (
-                        loss + CHOICE_WEIGHT * covered(self.model, batch, sparse).divergence.mean()
-                    )
+                    mass = covered(self.model, batch, sparse).mass
+                    loss = loss - MASS_WEIGHT * mass.clamp(min=LEAST_MASS).log().mean()
             progress = (self.spent_s - first_s) / (self.seconds - first_s)
             rate = setup.rate * 0.5 * (1 + math.cos(math.pi * progress))
             self._update(loss, rate, began_s)

@@ -20,11 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels.block_sparse import SparsePattern, block_sparse_attention, seen_blocks
-from kernels.compress import pool_spans
 from kernels.dispatch import Impl, needs_grad
 
 MOST_SCORES = 1 << 28  # of queries and keys at once: 1 GiB
-LEAST_MASS = 1e-6  # whose logarithm is taken
 USUAL_LENGTH = 128  # at which scores are as they are
 
 
@@ -215,13 +213,11 @@ class Covered(NamedTuple):
 
     Args:
         mass: Share of each row, head and layer, [layers, B * H, n].
-        divergence: Of the scores' softmax over blocks from each row's mass in blocks, the same.
         best: The most that as many blocks could have; of each block of queries, [layers, B * H, I].
         keys: Share of blocks attended to, the same.
     """
 
     mass: Tensor
-    divergence: Tensor
     best: Tensor
     keys: Tensor
 
@@ -241,7 +237,7 @@ def covered(model: Recaller, batch: Batch, pattern: SparsePattern) -> Covered:
 
 def _covered(q_nHd: Tensor, k_nHd: Tensor, pattern: SparsePattern) -> tuple[Tensor, ...]:
     seen_HIJ = seen_blocks(q_nHd, k_nHd, pattern)
-    mass, divergence, best = [], [], []
+    mass, best = [], []
     each = pattern.query_block
     rows = each * max(1, MOST_SCORES // (each * k_nHd.shape[0] * k_nHd.shape[1]))
     for first, q_QHd in zip(range(0, len(q_nHd), rows), q_nHd.split(rows), strict=True):
@@ -250,28 +246,8 @@ def _covered(q_nHd: Tensor, k_nHd: Tensor, pattern: SparsePattern) -> tuple[Tens
         mass_HQJ = weight_HQK.unflatten(2, (-1, pattern.key_block)).sum(3)
         block_Q = torch.arange(first, first + len(q_QHd), device=q_nHd.device) // each
         mass.append((mass_HQJ * seen_HIJ[:, block_Q]).sum(2))
-        said_HQJ = _span_scores(q_QHd, k_nHd, pattern).log_softmax(dim=2)
-        wanted_HQJ = mass_HQJ.detach()
-        gap_HQJ = wanted_HQJ.clamp(min=LEAST_MASS).log() - said_HQJ
-        divergence.append((wanted_HQJ * gap_HQJ).sum(2))
-        best += [part.mean(1) for part in wanted_HQJ.split(each, dim=1)]
+        best += [part.mean(1) for part in mass_HQJ.detach().split(each, dim=1)]
     sorted_HIJ = torch.stack(best, dim=1).sort(dim=2, descending=True).values
     last_HI1 = seen_HIJ.sum(2, keepdim=True) - 1
     best_HI = sorted_HIJ.cumsum(2).gather(2, last_HI1)[:, :, 0]
-    parts = torch.cat(mass, dim=1), torch.cat(divergence, dim=1)
-    return *parts, best_HI, seen_HIJ.float().mean(2)
-
-
-def _span_scores(q_QHd: Tensor, k_nHd: Tensor, pattern: SparsePattern) -> Tensor:
-    """Return the score of each block for each query as ``block_sparse`` has it, [H, Q, J].
-
-    In the units of attention's own scores if one key of a span stands out: its mean is that key
-    over the length of the span.
-    """
-    cu_seqlens = torch.tensor([0, len(k_nHd)], dtype=torch.int32, device=k_nHd.device)
-    num_spans = -(-len(k_nHd) // pattern.pool)
-    means_SHd = pool_spans(k_nHd, cu_seqlens, pattern.pool, impl="torch")[:num_spans]
-    scale = pattern.pool * q_QHd.shape[2] ** -0.5
-    score_HQS = torch.einsum("qhd,shd->hqs", q_QHd, means_SHd - k_nHd.mean(0)) * scale
-    parts = score_HQS.split(pattern.key_block // pattern.pool, dim=2)
-    return torch.stack([part.amax(2) for part in parts], dim=2)
+    return torch.cat(mass, dim=1), best_HI, seen_HIJ.float().mean(2)
