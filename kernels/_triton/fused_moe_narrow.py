@@ -33,7 +33,7 @@ from kernels._triton.numerics import dot
 from kernels.moe_config import MIN_BLOCK, MoELaunch
 from kernels.routing import Routing
 
-PART = 64  # hidden columns: the left operand of wgmma
+PART = 64  # hidden columns of a program
 
 
 @triton.jit

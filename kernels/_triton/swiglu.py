@@ -2,7 +2,8 @@
 
 Of a shared expert the last product ends with the sum over each token's choices, ``combine``; the
 second product of a wide one is a launch of this module too, while a dense layer takes the
-library's.  Such a launch multiplies before it waits for the rows.  Not measured yet.
+library's.  Such a launch multiplies before it waits for the rows.  Measured in
+whole steps alone (docs/log.md).
 
 Launch order of the second product: all column blocks of a tile of tokens, then the next tile; the
 hidden rows of the tile are read from the L2 cache, and so is the matrix, 1.6 MB of ``large``.
