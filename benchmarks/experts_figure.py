@@ -28,7 +28,7 @@ def draw_shares(shares: Mapping[str, NDArray[np.float64]]) -> str:
         ),
         '<rect width="100%" height="100%" fill="white"/>',
         (
-            f'<text x="{LEFT}" y="18">times the even share of the tokens of a row, '
+            '<text x="8" y="18">times the even share of the tokens of a row, '
             "by expert (columns) and layer (blocks)</text>"
         ),
     ]

@@ -153,8 +153,8 @@ MOE: Op[MoEInputs] = Op(
         Peer("torch eager", partial(_run_moe, "torch")),
         Peer("torch grouped_mm", peers.moe_by_grouped_mm),
         Peer("DeepGEMM bf16", peers.moe_by_deep_gemm),
-        Peer("liger-kernel", peers.moe_by_liger),
         Peer("vLLM fused_experts", peers.moe_by_vllm),
+        Peer("liger-kernel", peers.moe_by_liger, is_compiled=True),  # tries 104 configurations
         Peer("torch.compile grouped_mm", peers.moe_compiled, is_compiled=True),
     ],
     _moe_work,

@@ -35,7 +35,7 @@ class Setup(NamedTuple):
         num_fillers: Different tokens of the filler.
         stages: Length and names of each stage of training; the next begins when this is learnt.
         native_length: Positions of a sequence while the patterns themselves are trained.
-        native_selected: Blocks that are chosen there: as few of these, that it is no easier.
+        native_selected: Blocks that are chosen there, one for each pair: all queries choose together.
         tokens: Of a training step.
         lengths: Positions in the evaluation.
         tests: Sequences of each length in the evaluation.
@@ -76,13 +76,13 @@ class Setup(NamedTuple):
 
 
 GPU = Setup(
-    num_pairs=16,
-    num_names=256,
+    num_pairs=8,
+    num_names=64,
     num_fillers=32,
-    stages=((64, 16), (128, 32), (256, 64), (512, 128), (1024, 256), (2048, 256)),
-    native_length=2048,
-    native_selected=4,
-    tokens=32768,
+    stages=((64, 16), (128, 32), (256, 64), (512, 64), (1024, 64), (2048, 64)),
+    native_length=4096,
+    native_selected=8,
+    tokens=8192,
     lengths=(4096, 8192, 16384, 32768),
     tests=32,
     width=256,

@@ -40,6 +40,6 @@ def test_all_blocks_hold_all_mass() -> None:
 @pytest.mark.slow
 def test_the_first_stage_is_learnt() -> None:
     setup = CPU._replace(stages=CPU.stages[:1])
-    trainer = Trainer(setup, "cpu", seed=0, seconds=120.0)
+    trainer = Trainer(setup, "cpu", seed=0, seconds=1200.0)
     trainer.learn_dense()
-    assert trainer.spent_s < 60
+    assert trainer.step < 400  # 221 were seen; with nothing learnt it goes on for ten minutes
