@@ -35,7 +35,7 @@ from kernels.attention import visible
 if TYPE_CHECKING:
     from core_model.moe import MoELayer
 
-SIZES = {"base": (256, 1024, 8192), "large": (256, 8192)}
+SIZES = {"base": (256, 1024, 8192), "large": (256, 1024, 8192)}
 TINY_SIZE = 90
 
 
