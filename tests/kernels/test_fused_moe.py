@@ -140,8 +140,9 @@ def test_layers_are_narrow_whose_rows_a_program_holds() -> None:
 @pytest.mark.parametrize("num_tokens", [5, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_tiles_that_are_half_full_give_the_same(
-    num_tokens: int, dtype: torch.dtype, device: torch.device
+    num_tokens: int, dtype: torch.dtype, device: torch.device, assert_near: NearCheck
 ) -> None:
+    """But for the order of sums: NumPy's products depend on the number of rows on some CPUs."""
     inputs = draw(num_tokens, (64, 48, 3, 2), device, dtype, block_rows=32)
     load_E = inputs[3].load_E
     assert bool(((load_E % 32 <= 16) & (load_E > 0)).any())
@@ -149,7 +150,7 @@ def test_tiles_that_are_half_full_give_the_same(
     want, got = (
         launch(*inputs, MoELaunch(32, replace(cut, halves=halves), cut)) for halves in (False, True)
     )
-    assert torch.equal(got, want)
+    assert_near(got, want)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
