@@ -77,7 +77,7 @@ class WorkerGroup:
         self._stopping = threading.Event()
         self._placing = threading.Lock()
         self._posts: dict[int, _Post] = {}
-        self._starting: list[str] = []
+        self._starting: dict[int, _Post] = {}
         self._avoided_until: dict[str, float] = {}
         self._num_restarts = [0] * num_workers
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="supervise")
@@ -117,8 +117,15 @@ class WorkerGroup:
         return not running
 
     def stop(self, drain_s: float = 30.0) -> bool:
-        """Ask all services to drain, wait, and end the actors; return whether all drained."""
+        """Ask all services to drain, wait, and end the actors; return whether all drained.
+
+        A process that is not up yet has nothing to drain and is not waited for.
+        """
         self._stopping.set()
+        with self._placing:  # later nobody starts one
+            starting = list(self._starting.values())
+        for post in starting:
+            ray.kill(post.actor)
         deadline = time.monotonic() + drain_s
         while any(not each.done() for each in self._futures) and time.monotonic() < deadline:
             for post in list(self._posts.values()):
@@ -168,6 +175,8 @@ class WorkerGroup:
         """
         if index not in self._posts:
             self._posts[index] = self._settle(index)
+        if self._stopping.is_set():
+            return
         post, successor = self._posts[index], None
         ending, leaving = post.actor.run.remote(), post.actor.leaving.remote()
         try:
@@ -196,22 +205,25 @@ class WorkerGroup:
         """Start a process for a worker where the fewest are, and see that it is up.
 
         Raises:
-            TrimoeError: It did not come up.
+            TrimoeError: It did not come up, or all stop.
         """
         with self._placing:
+            if self._stopping.is_set():
+                message = "workers: all stop, none is started"
+                raise _GoneError(message)
             now = time.monotonic()
             avoided = {node for node, until in self._avoided_until.items() if until > now}
-            taken = [*self._starting, *(post.node_id for post in list(self._posts.values()))]
-            node = choose_node(_alive_nodes(), taken, avoided)
-            self._starting.append(node or "")
-        actor = self._start(index, node)
+            posts = (*self._starting.values(), *self._posts.values())
+            node = choose_node(_alive_nodes(), [post.node_id for post in posts], avoided)
+            actor = self._start(index, node)
+            self._starting[index] = _Post(actor, node or "")
         try:
             return _Post(actor, Place(*ray.get(actor.place.remote())).node_id)
         except RayError as error:
             ray.kill(actor)
             raise translate(error) from error
         finally:
-            self._starting.remove(node or "")
+            del self._starting[index]
 
     def _find_successor(self, index: int) -> _Post | None:
         """Start the process that will take over, None if that fails: then the node's end decides."""

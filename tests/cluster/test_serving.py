@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -359,6 +360,28 @@ def test_killed_worker_comes_back_and_all_drain_at_stop(
     assert {line.split()[0] for line in lines(1)} == {str(other)}
     assert group.stop(drain_s=20)
     assert [lines(0)[-1], lines(1)[-1]] == ["drained", "drained"]
+
+
+def test_a_worker_that_does_not_come_up_holds_nobody_up(platform_url: str) -> None:
+    import ray
+
+    from cluster.worker import Worker
+    from cluster.workers import RestartPolicy, WorkerGroup
+
+    started = threading.Event()
+    nowhere = ray.remote(num_cpus=1000)(Worker)
+
+    def start(index: int, _node_id: str | None) -> object:
+        started.set()
+        return nowhere.remote(None, index)
+
+    group = WorkerGroup(start, 1, RestartPolicy())
+    assert started.wait(10)
+    stopped = threading.Thread(target=group.stop, daemon=True)
+    stopped.start()
+    stopped.join(20)
+    assert not stopped.is_alive()
+    assert group.num_restarts == (0,)
 
 
 @pytest.mark.parametrize(

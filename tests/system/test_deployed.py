@@ -274,7 +274,7 @@ def test_the_fraud_service_joins_the_cluster_and_leaves_it_running(
         with closing(KafkaStream(kafka)) as stream:
             send_table(kafka, table, table, topics)
             service = subprocess.Popen(command, env=head.environment, cwd=ROOT)
-            found = Collector(stream, topics).read_until(len(table), 60)
+            found = Collector(stream, topics).read_until(len(table), 120)
             service.send_signal(signal.SIGTERM)
             assert service.wait(60) == 0
     assert found.num_equal(offline_digests(table)) == len(table)
