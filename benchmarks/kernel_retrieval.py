@@ -92,7 +92,9 @@ class Trainer:
         sparse = replace(setup.sparse, num_selected=setup.native_selected)
         while self.spent_s < self.seconds:
             began_s = time.monotonic()
-            batch = self._draw(setup.native_length, setup.num_names)
+            progress = (self.spent_s - first_s) / (self.seconds - first_s)
+            length = setup.native_lengths[int(progress * len(setup.native_lengths))]
+            batch = self._draw(length, setup.num_names)
             pattern = (None, sparse, setup.pooled)[turn % 3]
             with self._autocast():
                 logits = self.model(batch, pattern)
@@ -100,11 +102,10 @@ class Trainer:
                 if pattern is None:
                     mass = covered(self.model, batch, sparse).mass
                     loss = loss - MASS_WEIGHT * mass.clamp(min=LEAST_MASS).log().mean()
-            progress = (self.spent_s - first_s) / (self.seconds - first_s)
             rate = setup.rate * 0.5 * (1 + math.cos(math.pi * progress))
             self._update(loss, rate, began_s)
             name = ("dense and mass", "block_sparse", "pooled")[turn % 3]
-            self._report(name, setup.native_length, _right(logits, batch))
+            self._report(name, length, _right(logits, batch))
             turn += 1
 
     def _draw(self, length: int, num_names: int) -> Batch:

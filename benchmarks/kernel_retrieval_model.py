@@ -34,7 +34,8 @@ class Setup(NamedTuple):
         num_names: Different keys, and different values.
         num_fillers: Different tokens of the filler.
         stages: Length and names of each stage of training; the next begins when this is learnt.
-        native_length: Positions of a sequence while the patterns themselves are trained.
+        native_lengths: Positions of a sequence while the patterns themselves are trained, each for
+            an equal part of that time.
         native_selected: Blocks that are chosen there, one for each pair: all queries choose together.
         tokens: Of a training step.
         lengths: Positions in the evaluation.
@@ -52,7 +53,7 @@ class Setup(NamedTuple):
     num_names: int
     num_fillers: int
     stages: tuple[tuple[int, int], ...]
-    native_length: int
+    native_lengths: tuple[int, ...]
     native_selected: int
     tokens: int
     lengths: tuple[int, ...]
@@ -80,7 +81,7 @@ GPU = Setup(
     num_names=64,
     num_fillers=32,
     stages=((64, 16), (128, 32), (256, 64), (512, 64), (1024, 64), (2048, 64)),
-    native_length=4096,
+    native_lengths=(2048, 4096),
     native_selected=8,
     tokens=8192,
     lengths=(4096, 8192, 16384, 32768),
@@ -98,7 +99,7 @@ CPU = Setup(
     num_names=32,
     num_fillers=8,
     stages=((64, 16), (128, 32), (256, 32)),
-    native_length=256,
+    native_lengths=(256, 512),
     native_selected=8,
     tokens=2048,
     lengths=(256, 512, 1024),
