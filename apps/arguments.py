@@ -39,7 +39,7 @@ def _at_least(least: int, text: str) -> int:
 
 
 def add_lessons(parser: argparse.ArgumentParser) -> None:
-    """Add what joint training learns from, and how long."""
+    """Add what joint training learns from."""
     parser.add_argument("--organs", type=Path, metavar="DIR", help="volumes pt_*.npz of OpenKBP")
     parser.add_argument(
         "--organs-test", type=Path, metavar="DIR", help="to measure on; default: a tenth held out"
@@ -50,9 +50,13 @@ def add_lessons(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adrenal", type=Path, metavar="FILE", help="of AdrenalMNIST3D; without it no such task"
     )
-    parser.add_argument("--preset", choices=PRESETS, default="base")
-    parser.add_argument("--steps", type=positive, default=2000, metavar="N")
     parser.add_argument(
         "--loaders", type=count, default=0, metavar="N", help="processes that cut CT windows"
     )
     parser.add_argument("--work", type=Path, metavar="DIR", help="finished parts are reused")
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """Add what is trained, and how long."""
+    parser.add_argument("--preset", choices=PRESETS, default="base")
+    parser.add_argument("--steps", type=positive, default=2000, metavar="N")

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from apps.arguments import Subparsers, add_lessons, count, later, positive
+from apps.arguments import Subparsers, add_lessons, add_training, count, later, positive
 
 KERNEL_OPS = ("norm", "routing", "trees", "attention", "block_sparse", "moe", "moe_fp8", "step")
 SERVING_CASES = (
@@ -124,6 +124,7 @@ def _add_model(subjects: Subparsers) -> None:
         "--figure", type=Path, metavar="FILE", help="SVG of which experts work for whom"
     )
     add_lessons(parser)
+    add_training(parser)
     _add_common(parser, "benchmarks.model")
 
 

@@ -172,7 +172,7 @@ def main(args: argparse.Namespace) -> int:
         version=VERSION.format(number=args.seed + 1),
         data="; ".join(each.data for each in lessons),
         metrics=metrics,
-        command="trimoe " + shlex.join(_as_given(word) for word in sys.argv[1:]),
+        command=command_line(),
     )
     figures = {"version": manifest.version, **metrics, "seconds": time.monotonic() - started}
     sys.stdout.write(json.dumps(figures) + "\n")
@@ -242,6 +242,7 @@ def progress_in(path: Path, say: Callable[[str], None]) -> Progress:
     return progress
 
 
-def _as_given(word: str) -> str:
-    """Return a word of the command line; of an absolute path, a machine's own, the name."""
-    return Path(word).name if word.startswith("/") else word
+def command_line() -> str:
+    """Return the command that runs; of an absolute path, a machine's own, the name."""
+    words = (Path(word).name if word.startswith("/") else word for word in sys.argv[1:])
+    return "trimoe " + shlex.join(words)

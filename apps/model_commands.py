@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from apps.arguments import PRESETS, Subparsers, add_lessons, count, later
+from apps.arguments import PRESETS, Subparsers, add_lessons, add_training, count, later
 from cluster.errors import ConfigurationError, UnknownModelError
 from cluster.registry import Registry
 from cluster.report import fetch_report
@@ -38,6 +38,7 @@ def add_parser(subparsers: Subparsers) -> None:
     size.set_defaults(run=later("core_model.size"))
 
     _add_train(actions)
+    _add_level(actions)
     trial = actions.add_parser("trial", help="try a version beside the stable one")
     trial.add_argument("name", help="name or version")
     kind = trial.add_mutually_exclusive_group(required=True)
@@ -65,6 +66,7 @@ def _add_train(actions: Subparsers) -> None:
     train = actions.add_parser("train", help="one checkpoint of all applications, trained together")
     train.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the checkpoint")
     add_lessons(train)
+    add_training(train)
     train.add_argument(
         "--balance-loss",
         type=float,
@@ -72,10 +74,27 @@ def _add_train(actions: Subparsers) -> None:
         metavar="W",
         help="weight of an auxiliary loss; 0 balances the experts by their bias",
     )
-    train.add_argument("--seed", type=count, default=0)
-    train.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    train.add_argument("--json", type=Path, metavar="FILE")
+    _add_run(train)
     train.set_defaults(run=later("apps.joint"))
+
+
+def _add_level(actions: Subparsers) -> None:
+    level = actions.add_parser(
+        "level",
+        help="load the experts of a checkpoint evenly on the traffic there is, without training",
+    )
+    level.add_argument("checkpoint", type=Path, metavar="DIR", help="of the checkpoint")
+    level.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the levelled one")
+    level.add_argument("--version", help="of the levelled one; default: as it was")
+    add_lessons(level)
+    _add_run(level)
+    level.set_defaults(run=later("apps.level"))
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=count, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE")
 
 
 def run_list(args: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from core_model.model import MoETransformer
 from core_model.moe import MoELayer
-from core_model.packing import Encoded, SpanGroup
+from core_model.packing import Encoded, RaggedBatch, SpanGroup
 from kernels.routing import open_groups
 
 if TYPE_CHECKING:
@@ -46,6 +46,17 @@ def expert_load(experts_LTK: Tensor, num_experts: int, weights_T: Tensor | None 
 def utilisation(load_LE: Tensor) -> Tensor:
     """Return mean load / max load per layer, 1 at perfect balance, [L]."""
     return load_LE.mean(dim=1) / load_LE.max(dim=1).values.clamp(min=1e-12)
+
+
+@torch.no_grad()
+def measure_utilisation(model: MoETransformer, task: str, batches: Iterable[RaggedBatch]) -> Tensor:
+    """Return mean load / max load per layer over a task's sequences, [L]; ends in evaluation."""
+    model.eval()
+    load_LE = torch.zeros(len(model.moe_layers), model.config.num_experts, dtype=torch.float64)
+    for batch in batches:
+        experts_LTK = model.encode_and_run({task: batch}).experts_LTK
+        load_LE += expert_load(experts_LTK, model.config.num_experts).cpu()
+    return utilisation(load_LE)
 
 
 def uniform_utilisation(

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from apps import cli
 from apps.fraud.lesson import FraudLesson
 from apps.fraud.simulate import SimulationConfig, simulate
 from apps.joint import Lesson, Plan, fit
@@ -50,6 +52,33 @@ def test_one_model_of_all_lessons_is_kept_with_what_they_chose(
     assert len(again.moe_layers) == PRESETS["tiny"].num_layers  # one stack
     chosen = json.loads((tmp_path / "forecast.json").read_text("utf-8"))
     assert set(chosen["caution"]) == {"4", "24", "48", "72"}
+
+
+def test_a_checkpoint_is_levelled_and_nothing_else_of_it_changes(
+    lessons: list[Lesson], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(PRESETS["tiny"], LoopSettings(steps=2), 0, "cpu")
+    model = fit(lessons, plan, lambda *_: None, is_levelled=False)
+    older, newer = tmp_path / "old", tmp_path / "new"
+    older.mkdir()
+    for each in lessons:
+        each.finish(model, older)
+    save_checkpoint(older, model, version="one", data="d", metrics={"x": 1.0}, command="train")
+    monkeypatch.setattr("apps.level.lessons_of", lambda *_: lessons)
+    words = ["models", "level", str(older), "--out", str(newer)]
+    report = tmp_path / "report.json"
+    assert cli.main([*words, "--version", "two", "--json", str(report)]) == 0
+    old, _ = load_checkpoint(older)
+    new, manifest = load_checkpoint(newer)
+    before, after = old.state_dict(), new.state_dict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        f"blocks.{i}.moe.expert_bias" for i in range(len(old.moe_layers))
+    }
+    assert (manifest.version, manifest.data, manifest.metrics["x"]) == ("two", "d", 1.0)
+    assert manifest.command.startswith("train; trimoe ")
+    assert (newer / "forecast.json").exists()
+    for level in json.loads(report.read_text("utf-8"))["utilisation"].values():
+        assert min(level["after"]) > max(0.5, sum(level["before"]) / len(level["before"]))
 
 
 def test_what_is_held_out_was_not_trained_on(lessons: list[Lesson]) -> None:

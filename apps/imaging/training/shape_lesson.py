@@ -6,7 +6,6 @@ Legend: n volumes, S voxels an edge, T tokens, D model.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeAlias, cast
 
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from apps.imaging.training.adrenal import (
-    SETTLING,
     TASKS,
     ShapeSettings,
     load_split,
@@ -137,7 +135,7 @@ class ShapeLesson:
 
     def traffic(self, device: str) -> Iterator[RaggedBatch]:
         """Yield shapes of the training part as they are."""
-        return islice(served_shapes(self.train[0].to(device)), SETTLING)
+        return served_shapes(self.train[0].to(device))
 
     def held_out(self, device: str) -> Iterator[RaggedBatch]:
         """Yield the validation part and the test part."""

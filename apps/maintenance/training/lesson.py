@@ -35,7 +35,6 @@ from apps.maintenance.training.fit import (
     to_batch,
 )
 from apps.maintenance.training.train import (
-    DAY_HOURS,
     carry_trees,
     chosen_by,
     training_part,
@@ -50,7 +49,8 @@ from core_model.training import SampleSource, WeightedSample, device_of, in_part
 
 ALL_SEQUENCE = 50.0  # logit of a gate that leaves the trees out
 HELD_EACH = 5  # every fifth machine is kept from training
-RECENT_HOURS = 30 * DAY_HOURS
+RECENT_SHARE = 0.5  # of the record before the test: machines age, and a month knows one season
+RECENT_ROWS = 25_000  # of some 15 tokens: as many as experts are balanced on
 
 
 class Taught(NamedTuple):
@@ -90,7 +90,7 @@ class ForecastLesson:
         runs: The record, and how it is split.
         seen: Hours to train on.
         kept: Hours of the machines that were kept from training.
-        recent: The last month before the test as it came, with what the trees say of it.
+        recent: Hours of the later half of the record before the test, with what the trees say.
         test: Hours at the end of the record, likewise.
         booster: The trees that are served; None leaves the tree expert out.
     """
@@ -122,8 +122,10 @@ class ForecastLesson:
         position = np.unique(whole.machine, return_inverse=True)[1]
         is_held = position % HELD_EACH == HELD_EACH - 1
         booster = fit_hazard_trees(whole.lives, seed, threads)
-        begin, end = part.train_end - RECENT_HOURS, part.train_end
-        is_recent = (part.rows.hour >= begin) & (part.rows.hour < end)
+        begin, end = (1 - RECENT_SHARE) * part.train_end, part.train_end
+        recent = np.flatnonzero((part.rows.hour >= begin) & (part.rows.hour < end))
+        drawn = np.random.default_rng(seed).permutation(recent)[:RECENT_ROWS]
+        is_recent = np.isin(np.arange(part.rows.size), drawn)
 
         def asked(chosen: Bools) -> Asked:
             series = forecast_inputs(fleet, part.rows.take(chosen), runs.period)
@@ -176,7 +178,7 @@ class ForecastLesson:
         adapter.fit_scaling(self.seen.examples.batch(self.seen.tree, device_of(model)))
 
     def traffic(self, device: str) -> Iterator[RaggedBatch]:
-        """Yield the last month before the test."""
+        """Yield hours before the test as they came, drawn at random."""
         return in_parts(self.recent.batch(device))
 
     def held_out(self, device: str) -> Iterator[RaggedBatch]:
