@@ -1,8 +1,8 @@
 """``trimoe models level``: the experts of a checkpoint, loaded evenly by traffic as it is now.
 
-Solves the selection biases of each task on its traffic (``core_model.balance.rebalance``).  Weights,
-trees and what was chosen beside them stay as they are; which of two near experts is chosen moves a
-little, so the metrics are measured anew.  A task without traffic keeps its biases.
+Solves the selection biases of each task on its traffic (``core_model.balance.rebalance``); what is
+trained stays as it is.  Which of two near experts is chosen moves a little, so what is calibrated is
+calibrated and what is measured is measured anew.  A task without traffic keeps its biases.
 """
 
 import argparse
@@ -28,16 +28,17 @@ def main(args: argparse.Namespace) -> int:
 
     model, manifest = load_checkpoint(args.checkpoint, device=args.device)
     lessons = [each for each in lessons_of(args, say) if each.task in manifest.tasks]
+    if args.out.resolve() != args.checkpoint.resolve():
+        shutil.copytree(args.checkpoint, args.out, dirs_exist_ok=True)
     metrics: dict[str, float] = dict(manifest.metrics)
     levels: dict[str, Any] = {}
     for each in lessons:
         before = level_of(model, each)
         rebalance(model, each.task, list(encoded_traffic(model, each)))
         levels[each.task] = {"before": before, "after": level_of(model, each)}
+        each.finish(model, args.out)
         metrics |= {f"{each.task}_{name}": round(v, 4) for name, v in each.measure(model).items()}
         say(f"{each.task}: utilisation {levels[each.task]}")
-    if args.out.resolve() != args.checkpoint.resolve():
-        shutil.copytree(args.checkpoint, args.out, dirs_exist_ok=True)
     saved = save_checkpoint(
         args.out,
         model.cpu(),

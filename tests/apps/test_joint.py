@@ -54,7 +54,7 @@ def test_one_model_of_all_lessons_is_kept_with_what_they_chose(
     assert set(chosen["caution"]) == {"4", "24", "48", "72"}
 
 
-def test_a_checkpoint_is_levelled_and_nothing_else_of_it_changes(
+def test_a_checkpoint_is_levelled_and_what_is_trained_stays(
     lessons: list[Lesson], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = Plan(PRESETS["tiny"], LoopSettings(steps=2), 0, "cpu")
@@ -71,9 +71,9 @@ def test_a_checkpoint_is_levelled_and_nothing_else_of_it_changes(
     old, _ = load_checkpoint(older)
     new, manifest = load_checkpoint(newer)
     before, after = old.state_dict(), new.state_dict()
-    assert {name for name in before if not torch.equal(before[name], after[name])} == {
-        f"blocks.{i}.moe.expert_bias" for i in range(len(old.moe_layers))
-    }
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    biases = {f"blocks.{i}.moe.expert_bias" for i in range(len(old.moe_layers))}
+    assert biases <= changed <= biases | {"heads.forecast.gate"}  # which is calibrated
     assert (manifest.version, manifest.data, manifest.metrics["x"]) == ("two", "d", 1.0)
     assert manifest.command.startswith("train; trimoe ")
     assert (newer / "forecast.json").exists()
