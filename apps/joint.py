@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -162,10 +162,8 @@ def main(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, float] = {}
     for each in lessons:
-        task = each.task
-        each.finish(model, args.out)
-        metrics |= {f"{task}_{name}": round(v, 4) for name, v in each.measure(model).items()}
-        say(f"{task} finished")
+        metrics |= finish(each, model, args.out)
+        say(f"{each.task} finished")
     manifest = save_checkpoint(
         args.out,
         model.cpu(),
@@ -175,10 +173,22 @@ def main(args: argparse.Namespace) -> int:
         command=command_line(),
     )
     figures = {"version": manifest.version, **metrics, "seconds": time.monotonic() - started}
-    sys.stdout.write(json.dumps(figures) + "\n")
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_figures(figures, args.json)
     return 0
+
+
+def finish(lesson: Lesson, model: MoETransformer, folder: Path) -> dict[str, float]:
+    """Calibrate a trained task, write its files, and return its metrics by task and name."""
+    lesson.finish(model, folder)
+    measured = lesson.measure(model)
+    return {f"{lesson.task}_{name}": round(value, 4) for name, value in measured.items()}
+
+
+def write_figures(figures: Mapping[str, Any], path: Path | None) -> None:
+    """Print figures as a line of JSON, and write them to a file if there is to be one."""
+    sys.stdout.write(json.dumps(figures) + "\n")
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def work_of(args: argparse.Namespace) -> Path:

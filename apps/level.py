@@ -6,13 +6,12 @@ calibrated and what is measured is measured anew.  A task without traffic keeps 
 """
 
 import argparse
-import json
 import shutil
 import sys
 import time
 from typing import Any
 
-from apps.joint import Lesson, command_line, encoded_traffic, lessons_of
+from apps.joint import Lesson, command_line, encoded_traffic, finish, lessons_of, write_figures
 from core_model.balance import measure_utilisation, rebalance
 from core_model.checkpoint import load_checkpoint, save_checkpoint
 from core_model.model import MoETransformer
@@ -36,8 +35,7 @@ def main(args: argparse.Namespace) -> int:
         before = level_of(model, each)
         rebalance(model, each.task, list(encoded_traffic(model, each)))
         levels[each.task] = {"before": before, "after": level_of(model, each)}
-        each.finish(model, args.out)
-        metrics |= {f"{each.task}_{name}": round(v, 4) for name, v in each.measure(model).items()}
+        metrics |= finish(each, model, args.out)
         say(f"{each.task}: utilisation {levels[each.task]}")
     saved = save_checkpoint(
         args.out,
@@ -47,10 +45,7 @@ def main(args: argparse.Namespace) -> int:
         metrics=metrics,
         command=f"{manifest.command}; {command_line()}",
     )
-    figures = {"version": saved.version, "utilisation": levels, **metrics}
-    sys.stdout.write(json.dumps(figures) + "\n")
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_figures({"version": saved.version, "utilisation": levels, **metrics}, args.json)
     return 0
 
 
