@@ -79,6 +79,8 @@ def test_a_checkpoint_is_levelled_and_what_is_trained_stays(
     assert (newer / "forecast.json").exists()
     for level in json.loads(report.read_text("utf-8"))["utilisation"].values():
         assert min(level["after"]) > max(0.5, sum(level["before"]) / len(level["before"]))
+    assert cli.main(["models", "level", str(newer), "--out", str(newer)]) == 0  # in its place
+    assert load_checkpoint(newer)[1].version == "two"
 
 
 def test_what_is_held_out_was_not_trained_on(lessons: list[Lesson]) -> None:

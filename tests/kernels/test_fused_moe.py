@@ -142,7 +142,7 @@ def test_layers_are_narrow_whose_rows_a_program_holds() -> None:
 def test_tiles_that_are_half_full_give_the_same(
     num_tokens: int, dtype: torch.dtype, device: torch.device, assert_near: NearCheck
 ) -> None:
-    """But for the order of sums: NumPy's products depend on the number of rows on some CPUs."""
+    """To the bit on a GPU; interpreted, a product is NumPy's: bits depend on its rows."""
     inputs = draw(num_tokens, (64, 48, 3, 2), device, dtype, block_rows=32)
     load_E = inputs[3].load_E
     assert bool(((load_E % 32 <= 16) & (load_E > 0)).any())
@@ -151,6 +151,7 @@ def test_tiles_that_are_half_full_give_the_same(
         launch(*inputs, MoELaunch(32, replace(cut, halves=halves), cut)) for halves in (False, True)
     )
     assert_near(got, want)
+    assert torch.equal(got, want) or not got.is_cuda
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

@@ -49,7 +49,7 @@ from core_model.training import SampleSource, WeightedSample, device_of, in_part
 
 ALL_SEQUENCE = 50.0  # logit of a gate that leaves the trees out
 HELD_EACH = 5  # every fifth machine is kept from training
-RECENT_SHARE = 0.5  # of the record before the test: machines age, and a month knows one season
+RECENT_SHARE = 0.5  # of the record before the test: docs/log.md#as-they-are-served
 RECENT_ROWS = 25_000  # of some 15 tokens: as many as experts are balanced on
 
 
