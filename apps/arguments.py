@@ -1,10 +1,11 @@
-"""What command lines share: numbers with a bound, and runners imported when they run."""
+"""What command lines share: numbers with a bound, runners imported when they run, ``--json``."""
 
 import argparse
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 PRESETS = ("tiny", "small", "base", "large", "deepseek-v3")  # of the shared core
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -36,6 +37,12 @@ def _at_least(least: int, text: str) -> int:
         message = f"expected {least} or more, got {number}"
         raise argparse.ArgumentTypeError(message)
     return number
+
+
+def write_json(path: Path | None, figures: Mapping[str, Any]) -> None:
+    """Write figures where ``--json`` said, if it did."""
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def add_lessons(parser: argparse.ArgumentParser) -> None:

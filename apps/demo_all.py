@@ -19,11 +19,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TextIO
 
+from apps.arguments import write_json
 from apps.demo_board import Board
 from apps.demo_result import Company, Result, summary
 from apps.demo_view import Screen, Steps
 from apps.fraud import demo as fraud
-from apps.fraud.commands import topics_of, write_json
+from apps.fraud.commands import topics_of
 from apps.fraud.transport import read_options
 from apps.fraud.trial import Offer, Outcome
 from apps.imaging import demo as imaging

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
+from apps.arguments import write_json
 from apps.fraud.lesson import FraudLesson
 from apps.fraud.simulate import SimulationConfig, simulate
 from apps.imaging.training.fit import make_cases, read_cases
@@ -185,10 +186,9 @@ def finish(lesson: Lesson, model: MoETransformer, folder: Path) -> dict[str, flo
 
 
 def write_figures(figures: Mapping[str, Any], path: Path | None) -> None:
-    """Print figures as a line of JSON, and write them to a file if there is to be one."""
+    """Print figures as a line of JSON, and write them where ``--json`` said."""
     sys.stdout.write(json.dumps(figures) + "\n")
-    if path is not None:
-        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_json(path, figures)
 
 
 def work_of(args: argparse.Namespace) -> Path:

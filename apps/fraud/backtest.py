@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from apps.fraud.commands import write_json
+from apps.arguments import write_json
 from apps.fraud.decision import DECISIONS, Policy, Verdicts, decide, load_policy
 from apps.fraud.features import DAY_MS
 from apps.fraud.offline import HistoryIndex, offline_context

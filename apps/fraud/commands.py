@@ -1,7 +1,6 @@
 """The command lines of the fraud application; what they do is imported when they run."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -198,9 +197,3 @@ def _demo(args: argparse.Namespace) -> int:
         if getattr(args, name) is None:
             setattr(args, name, usual)
     return later("apps.demo_all" if args.all else "apps.fraud.demo")(args)
-
-
-def write_json(path: Path | None, figures: dict[str, object]) -> None:
-    """Write figures where ``--json`` said, if it did."""
-    if path is not None:
-        path.write_text(json.dumps(figures, indent=2) + "\n")

@@ -15,8 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
+from apps.arguments import write_json
 from apps.fraud.brokers import EMBEDDED_CLIENT_OPTIONS, EmbeddedBroker, create_topics
-from apps.fraud.commands import topics_of, write_json
+from apps.fraud.commands import topics_of
 from apps.fraud.decision import load_policy
 from apps.fraud.launch import WorkerPlan, check_topics, default_schemas, running_service
 from apps.fraud.load import Faults

@@ -5,17 +5,16 @@ about comes in as an ``Application``.
 """
 
 import argparse
-import json
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from apps.arguments import write_json
 from apps.imaging.batch.driver import Crew, Hire, Outcome, run_batch
 from apps.imaging.batch.evidence import default_key_path, fingerprint, signing_key
 from apps.imaging.batch.layout import Layout
@@ -93,12 +92,6 @@ def _figures(outcome: Outcome) -> Record:
         "seconds": round(outcome.seconds, 3),
         "cases_per_h": round(outcome.cases_per_h, 1),
     }
-
-
-def write_json(path: Path | None, figures: Record) -> None:
-    """Write figures where ``--json`` said, if it did."""
-    if path is not None:
-        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def hire_of(args: argparse.Namespace) -> Hire:

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from apps.arguments import write_json
 from apps.imaging.batch.driver import Hire, run_batch
 from apps.imaging.batch.evidence import Verification, public_key, verify
 from apps.imaging.batch.journal import read_heading
@@ -23,7 +24,7 @@ from apps.imaging.batch.manifest import summary_of
 from apps.imaging.batch.plan import Batch
 from apps.imaging.batch.process import Application
 from apps.imaging.batch.progress import Show, progress_on
-from apps.imaging.launch import hire_of, stop_on_signal, write_json
+from apps.imaging.launch import hire_of, stop_on_signal
 from apps.imaging.outputs.summary import CaseSummary
 from apps.imaging.reading.source import Inventory
 from cluster.errors import ConfigurationError
