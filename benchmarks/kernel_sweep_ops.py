@@ -68,13 +68,8 @@ RUNS_SOME: Sequence[Values] = (
     (RUN, RUN, 8, 4, False, 2, False),
     (RUN, RUN, 8, 3, False, 8, False),
 )
-RUNS_MANY: Sequence[Values] = (
-    (RUN, RUN, 8, 4, False, 8, False),
-    (RUN, RUN, 8, 3, False, 8, False),
-    (RUN, RUN, 8, 3, False, 8, True),
-    (RUN, RUN, 8, 4, False, 8, True),
-    (RUN, RUN, 8, 4, False, 16, True),
-    (RUN, RUN, 8, 4, False, 4, True),
+RUNS_MANY: Sequence[Values] = tuple(  # ``fused_moe_fp8_wide``: the group alone is a choice
+    (RUN, RUN, 8, 4, False, group, False) for group in (1, 4, 8, 16)
 )
 
 
@@ -188,7 +183,7 @@ SWEPT = {
         dtype=E4M3,
         ways={16: RUNS_FEW, 32: RUNS_FEW, 64: RUNS_SOME, 128: RUNS_MANY},
         wider={"up": 1, "down": 1},
-        down={"persistent": False},  # its loops do not become one
+        down={},
         draw=draw_moe_fp8,
         wanted=_quantized_rows,
         up=lambda given, config: fused_moe_fp8.launch_up(

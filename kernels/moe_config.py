@@ -24,6 +24,7 @@ TUNED = Path(__file__).with_name("configs") / "h200.json"
 NUM_CORES = 132  # multiprocessors of a Hopper GPU
 MIN_BLOCK = 16  # smallest dimension of a matrix product
 SMALL_ROWS = 32  # up to here the weights are the left operand
+MAX_ROWS = 128
 LEFT_ROWS = 64  # of the left operand of wgmma
 NARROW, NARROW_HIDDEN = 128, 256  # widths of which a program holds whole rows
 
@@ -59,7 +60,8 @@ class ProductLaunch:
         num_stages: Steps whose loads are under way.
         swap: Weights are the left operand.
         group: Tiles that a block of columns is visited by before the next block.
-        persistent: One program to a multiprocessor, which takes one place after the other.
+        persistent: One program to a multiprocessor, which takes one place after the other; in 8
+            bits those for tiles of 128 rows always do.
         halves: A tile that is at most half full is multiplied as half a tile; of the first
             product, not persistent.
     """
@@ -130,8 +132,7 @@ def rule(size: MoESize, num_tokens: int, block_rows: int | None = None) -> MoELa
     num_rows = num_tokens * size.num_chosen
     mean = num_rows / size.num_experts
     if block_rows is None:
-        most_rows = 64 if size.dtype == torch.float8_e4m3fn else 128  # registers: two sums a part
-        block_rows = min(most_rows, max(MIN_BLOCK, _next_power(math.ceil(mean))))
+        block_rows = min(MAX_ROWS, max(MIN_BLOCK, _next_power(math.ceil(mean))))
     tiles = min(num_rows, size.num_experts) + num_rows // block_rows
     if block_rows <= SMALL_ROWS:
         block = ProductLaunch(64, 128, 4, 4, swap=True, group=1)

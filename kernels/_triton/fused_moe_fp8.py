@@ -12,8 +12,10 @@ Deterministic, and nothing waits for the host.
 
 Source: DeepSeek-V3, arXiv:2412.19437, section 3.3.2 (scales, promotion).
 
-Measured on an H200 (2026-11-28), fraction of the roofline, Qwen3-30B-A3B: T = 64, 256: .91,
-.88; 16384: .541, 681 TFLOPS.
+On Hopper tiles of 128 rows have a form of their own, ``fused_moe_fp8_wide``.
+
+Measured on an H200 (2026-11-28), fraction of the roofline, Qwen3-30B-A3B: T = 64, 256: .91, .88;
+16384 by the other form (2026-11-29): .671, 845 TFLOPS.
 
 Legend: R routed rows, D model, F expert hidden, N output columns, K inner columns, S runs of 128.
 """
@@ -24,11 +26,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels._triton import fused_moe_fp8_wide
 from kernels._triton.chain import begin, is_chained
 from kernels._triton.combine import launch_combine
 from kernels._triton.fused_moe import place
 from kernels._triton.numerics import INTERPRET, dot
-from kernels.moe_config import NUM_CORES, MoELaunch, ProductLaunch
+from kernels.moe_config import MoELaunch, ProductLaunch
 from kernels.routing import Routing
 
 RUN = 128  # columns that share a scale
@@ -167,45 +170,28 @@ def _product_fp8_kernel(
     w_scale_ptr: tl.tensor,
     out_ptr: tl.tensor,
     out_scale_ptr: tl.tensor,
-    load_ptr: tl.tensor,
     ends_ptr: tl.tensor,
     tile_expert_ptr: tl.tensor,
     tile_row_ptr: tl.tensor,
     num_tiles: tl.tensor,
     N: tl.tensor,
     K: tl.tensor,
-    E: tl.constexpr,
     GATED: tl.constexpr,
     SWAP: tl.constexpr,
-    PERSISTENT: tl.constexpr,
     CHAINED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     RUN: tl.constexpr,
 ) -> None:
-    EARLY: tl.constexpr = GATED or PERSISTENT  # others know their tile before they wait
-    begin(CHAINED and EARLY)
+    begin(CHAINED and GATED)  # others know their tile before they wait
     num_pairs = N // RUN if GATED else tl.cdiv(N, 2 * RUN)
-    index = tl.program_id(0)
-    if PERSISTENT:
-        expert_E = tl.arange(0, triton.next_power_of_2(E))
-        load_E = tl.load(load_ptr + expert_E, mask=expert_E < E, other=0)
-        num_used = tl.sum((load_E + (BLOCK_R - 1)) // BLOCK_R)
-        for position in tl.range(index, num_used * num_pairs, tl.num_programs(0), flatten=True):
-            tile, pair = place(position, num_used, num_pairs, GROUP)
-            _multiply_fp8(
-                *(tile, pair, x, x_scale_ptr, tokens_ptr, weight, w_scale_ptr),
-                *(out_ptr, out_scale_ptr, ends_ptr, tile_expert_ptr, tile_row_ptr),
-                *(N, K, GATED, SWAP, False, BLOCK_R, RUN),
-            )
-    else:
-        tile, pair = place(index, num_tiles, num_pairs, GROUP)
-        if tl.load(tile_expert_ptr + tile) >= 0:
-            _multiply_fp8(
-                *(tile, pair, x, x_scale_ptr, tokens_ptr, weight, w_scale_ptr),
-                *(out_ptr, out_scale_ptr, ends_ptr, tile_expert_ptr, tile_row_ptr),
-                *(N, K, GATED, SWAP, CHAINED and not EARLY, BLOCK_R, RUN),
-            )
+    tile, pair = place(tl.program_id(0), num_tiles, num_pairs, GROUP)
+    if tl.load(tile_expert_ptr + tile) >= 0:
+        _multiply_fp8(
+            *(tile, pair, x, x_scale_ptr, tokens_ptr, weight, w_scale_ptr),
+            *(out_ptr, out_scale_ptr, ends_ptr, tile_expert_ptr, tile_row_ptr),
+            *(N, K, GATED, SWAP, CHAINED and not GATED, BLOCK_R, RUN),
+        )
 
 
 def _product(
@@ -220,30 +206,31 @@ def _product(
 ) -> None:
     """Fill the output rows (and their scales, if gated); each pair is values and scales."""
     (x, x_scale), (weight_EGK, weight_scale) = rows, weight
-    num_experts, width, inner = weight_EGK.shape
+    if fused_moe_fp8_wide.fits(routing):
+        group = config.group
+        fused_moe_fp8_wide.product(rows, weight, out, routing, group, is_gated=is_gated)
+        return
+    _, width, inner = weight_EGK.shape
     width = width // 2 if is_gated else width
     weight_rows = TensorDescriptor.from_tensor(weight_EGK.view(-1, inner), [RUN, RUN])
     source = x if is_gated else TensorDescriptor.from_tensor(x, [routing.block_rows, RUN])
     num_tiles = min(routing.tile_expert_M.numel(), routing.tokens_R.numel())
-    num_places = num_tiles * (width // RUN if is_gated else triton.cdiv(width, 2 * RUN))
-    _product_fp8_kernel[(min(num_places, NUM_CORES) if config.persistent else num_places,)](
+    num_pairs = width // RUN if is_gated else triton.cdiv(width, 2 * RUN)
+    _product_fp8_kernel[(num_tiles * num_pairs,)](
         source,
         x_scale,
         routing.tokens_R,
         weight_rows,
         weight_scale,
         *out,
-        routing.load_E,
         routing.ends_E,
         routing.tile_expert_M,
         routing.tile_row_M,
         num_tiles,
         width,
         inner,
-        E=num_experts if config.persistent else 0,
         GATED=is_gated,
         SWAP=config.swap,
-        PERSISTENT=config.persistent,
         CHAINED=chained,
         GROUP=config.group,
         BLOCK_R=routing.block_rows,

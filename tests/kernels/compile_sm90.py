@@ -26,6 +26,7 @@ from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JitFunctionInfo
 
@@ -125,7 +126,8 @@ class Recorder:
         if identity in self.known:
             return True
         self.known.add(identity)
-        source = ASTSource(
+        form = GluonASTSource if fn.jit_function.is_gluon() else ASTSource
+        source = form(
             fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0]
         )
         options = {key: compile[key] for key in ("num_warps", "num_stages")}
@@ -154,7 +156,7 @@ def report(number: int) -> str:
         "local_bytes": usage["LOCAL"],
         "shared_bytes": kernel.metadata.shared,
         "num_wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
-        "num_dot": kernel.asm["ttir"].count("tt.dot"),
+        "num_dot": len(re.findall(r"tt\.dot|warp_group_dot ", kernel.asm["ttgir"])),
     }
     return json.dumps(line)
 
@@ -217,7 +219,7 @@ def launch_moe(shape: Shape, routed: Routing) -> None:
 
 
 def launch_moe_fp8(shape: Shape, routed: Routing) -> None:
-    """Launch the experts in 8 bits with tiles of every size that the rule takes."""
+    """Launch the experts in 8 bits with tiles of every size."""
     t, d, f, e = shape[:4]
     meta = partial(empty, dtype=E4M3)
     x = (meta(t, d), empty(t, d // 128))
@@ -225,7 +227,7 @@ def launch_moe_fp8(shape: Shape, routed: Routing) -> None:
     down = (meta(e, d, f), empty(e, d // 128, f // 128))
     size = MoESize(e, shape.chosen, d, f, E4M3)
     tuned = [moe_launch(size, num_tokens) for num_tokens in (64, 256, 16384)]
-    for config in {*tuned, *(rule(size, t, rows) for rows in (16, 32, 64))}:
+    for config in {*tuned, *(rule(size, t, rows) for rows in (16, 32, 64, 128))}:
         routing_ = routed._replace(block_rows=config.block_rows)
         fused_moe_fp8.launch(x, up, down, routing_, config, torch.bfloat16)
 

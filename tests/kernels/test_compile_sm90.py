@@ -22,6 +22,7 @@ KERNELS = {
     "_combine_kernel",
     "_product_kernel",
     "_product_fp8_kernel",
+    "_wide_fp8_kernel",
     "_narrow_kernel",
     "_inner_grad_kernel",
     "_row_grad_kernel",
@@ -47,6 +48,7 @@ KERNELS = {
 WARP_GROUP_KERNELS = {
     "_product_kernel",
     "_product_fp8_kernel",
+    "_wide_fp8_kernel",
     "_narrow_kernel",
     "_inner_grad_kernel",
     "_row_grad_kernel",
@@ -62,8 +64,6 @@ WARP_GROUP_KERNELS = {
 }
 SMALL_PRODUCTS = {"_route_kernel"}  # of too few tokens for a warp group
 FEW_ROWS = {("_narrow_kernel", 16), ("_narrow_kernel", 32)}  # a warp group takes 64
-# One launch spills: two sums and a partial one of 128 rows; others are a third slower (docs/log.md).
-SPILT = [("qwen3-30b-a3b", "_product_fp8_kernel", 16)]
 OTHER_TRITONS = [path for path in os.environ.get("TRIMOE_TRITON", "").split(os.pathsep) if path]
 Report = dict[str, Any]
 
@@ -91,9 +91,8 @@ def test_every_kernel_is_compiled(reports: list[Report]) -> None:
     assert {report["kernel"] for report in reports} == KERNELS
 
 
-def test_no_kernel_spills_but_one(reports: list[Report]) -> None:
-    spilt = [r for r in reports if r["stack_bytes"] > 0 or r["local_bytes"] > 0]
-    assert [(r["shape"], r["kernel"], r["stack_bytes"]) for r in spilt] == SPILT
+def test_no_kernel_spills(reports: list[Report]) -> None:
+    assert [r for r in reports if r["stack_bytes"] > 0 or r["local_bytes"] > 0] == []
 
 
 def test_shared_memory_fits_one_block(reports: list[Report]) -> None:

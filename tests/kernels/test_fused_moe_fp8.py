@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -67,31 +66,25 @@ def test_zeros_have_a_scale_of_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "sizes", "block_rows", "is_persistent"),
+    ("num_tokens", "sizes", "block_rows"),
     [
-        (1, (128, 128, 4, 2), 16, False),
-        (1, (128, 128, 4, 2), 64, True),
-        (37, (256, 128, 3, 2), 16, True),  # two inner runs, two blocks of down
-        (37, (256, 128, 3, 2), 128, False),
-        (23, (384, 256, 2, 1), 64, False),  # an odd number of blocks of down
-        (23, (384, 256, 2, 1), 128, True),
+        (1, (128, 128, 4, 2), 16),
+        (1, (128, 128, 4, 2), 64),
+        (37, (256, 128, 3, 2), 16),  # two inner runs, two blocks of down
+        (37, (256, 128, 3, 2), 128),
+        (23, (384, 256, 2, 1), 64),  # an odd number of blocks of down
+        (23, (384, 256, 2, 1), 128),
     ],
 )
 def test_each_product_agrees_with_the_formula(
     num_tokens: int,
     sizes: tuple[int, int, int, int],
     block_rows: int,
-    is_persistent: bool,
     device: torch.device,
     assert_near: NearCheck,
 ) -> None:
     (x_TD, x_scale, experts, routing), _ = draw(num_tokens, sizes, device, block_rows)
-    by_rule = moe_launch(MoESize(sizes[2], sizes[3], *sizes[:2], E4M3), num_tokens, block_rows)
-    config = replace(
-        by_rule,
-        up=replace(by_rule.up, persistent=is_persistent),
-        down=replace(by_rule.down, persistent=is_persistent),
-    )
+    config = moe_launch(MoESize(sizes[2], sizes[3], *sizes[:2], E4M3), num_tokens, block_rows)
     gate_up = (experts.gate_up_EGD, experts.gate_up_scale)
     hidden = launch_up((x_TD, x_scale), gate_up, routing, config)
     y_RD = launch_down(

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from kernels._triton.fused_moe import launch as launch_moe
+from kernels._triton.fused_moe_fp8 import launch as launch_fp8
+from kernels._triton.fused_moe_fp8_wide import fits
 from kernels.attention import AttentionPattern, attention_reference, varlen_attention
 from kernels.block_sparse import SparsePattern, block_sparse_attention
 from kernels.dispatch import Impl
 from kernels.fused_moe import SharedExpert, fused_moe, launch
-from kernels.fused_moe_fp8 import fused_moe_fp8, quantize_experts, quantize_rows
+from kernels.fused_moe_fp8 import E4M3, fused_moe_fp8, quantize_experts, quantize_rows
 from kernels.moe_config import MoESize, rule
 from kernels.norm import add_rmsnorm, add_rmsnorm_fp8
 from kernels.routing import Routing, route, route_and_balance, route_tokens
@@ -553,6 +555,29 @@ def test_fused_moe_fp8(zipf: bool, block_rows: int, num_tokens: int, num_chosen:
     )
     assert (got - want).norm() <= FLIPPED * want.norm()
     assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 31, 509])
+@pytest.mark.parametrize("group", [1, 4, 8])
+def test_wide_products_in_8_bits_give_what_the_others_give(num_tokens: int, group: int) -> None:
+    """Both forms sum in the same order; few hidden values round the other way."""
+    logits_TE, bias_E = draw_logits(num_tokens, 16, zipf=True), torch.zeros(16, device="cuda")
+    x_TD = torch.randn(num_tokens, 640, device="cuda").bfloat16()
+    x_TD[0] = torch.nan
+    experts = quantize_experts(*draw_experts(16, 640, 384, torch.bfloat16))
+    pairs = (quantize_rows(x_TD), experts[:2], experts[2:])
+    size = MoESize(16, 2, 640, 384, E4M3)
+    outs = []
+    for block_rows in (64, 128):
+        routing = route(logits_TE, bias_E, 2, block_rows=block_rows)
+        assert fits(routing) == (block_rows == 128)
+        config = rule(size, num_tokens, block_rows)
+        cut = replace(config.up, group=group)
+        config = replace(config, up=cut, down=cut)
+        outs.append(launch_fp8(*pairs, routing, config, torch.bfloat16).double())
+    want, got = outs
+    assert got.isnan().any(dim=1).nonzero().flatten().tolist() == [0]
+    assert (got - want)[1:].norm() <= FLIPPED * want[1:].norm()
 
 
 def test_auto_picks_triton_only_without_gradient() -> None:
