@@ -1,16 +1,17 @@
 """Does attention over chosen blocks find what dense attention finds?
 
-A small transformer learns associative recall (``kernel_retrieval_model``) in two parts:
+A small transformer learns associative recall (``kernel_retrieval_model``) with dense attention, on
+sequences that grow, and with names that become more, whenever the last ones are learnt.  Then two
+copies of it learn one pattern each, in turns with steps of dense attention, as models would be
+that are made for it:
 
-1. With dense attention alone, on sequences that grow, and with names that become more, whenever
-   the last ones are learnt.
-2. With the patterns as well, as a model would be that is made for them: steps of dense attention,
-   of chosen blocks and of pooled keys take turns.  To the loss of dense steps is added
-   ``-log(mass on the chosen blocks)``, the divergence of dense attention from what is left of it
-   when the other blocks are dropped.  The choice itself has no gradient.
+* chosen blocks.  To the loss of dense steps are added ``-log(mass on the chosen blocks)``, the
+  divergence of dense attention from what is left of it when the other blocks are dropped, and the
+  cross-entropy of the scores that blocks are chosen by; the choice itself has no gradient.
+* pooled keys and values, in place of all beyond the window.
 
-Figures, after each part and for each length: accuracy of dense, block-sparse and pooled attention
-with the same weights; share of the dense attention's mass on attended blocks, over all rows, heads
+Figures, for each length: accuracy of dense attention and of the pattern with the same weights.  Of
+chosen blocks also: share of the dense attention's mass on attended blocks, over all rows, heads
 and layers, and over the rows that answer alone; that mass over the mass that the best choice of as
 many blocks would have; share of keys attended to.
 
@@ -18,12 +19,12 @@ many blocks would have; share of keys attended to.
 """
 
 import argparse
+import copy
 import json
 import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.kernel_retrieval_model import (
+    CHOSEN,
     CPU,
     GPU,
     Batch,
@@ -48,7 +50,8 @@ REPORT_S = 5.0
 DENSE_SHARE = 0.5  # of the time, at most
 LEARNT = 0.95  # right, when a stage ends
 MEMORY = 0.8  # of the running share of right answers
-MASS_WEIGHT = 0.3
+MASS_WEIGHT = 1.0
+CHOICE_WEIGHT = 0.3
 LEAST_MASS = 1e-6
 
 
@@ -67,10 +70,8 @@ class Trainer:
         self.setup, self.device, self.seconds = setup, device, seconds
         self.generator = torch.Generator(device).manual_seed(seed)
         self.model = Recaller(setup).to(device)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=setup.rate, weight_decay=0.01
-        )
-        self.spent_s, self.reported_s, self.step, self.loss = 0.0, 0.0, 0, math.nan
+        self.spent_s, self.reported_s, self.loss = 0.0, 0.0, math.nan
+        self._begin()
 
     def learn_dense(self) -> None:
         """Train with dense attention, stage by stage."""
@@ -86,27 +87,33 @@ class Trainer:
                 self._report("dense", length, right)
             self._report("dense", length, right, now=True)
 
-    def learn_native(self) -> None:
-        """Train with the patterns as well, in what is left of the time; the rate falls to 0."""
-        setup, first_s, turn = self.setup, self.spent_s, 0
-        sparse = replace(setup.sparse, num_selected=setup.native_selected)
-        while self.spent_s < self.seconds:
+    def learn_native(self, part: str, seconds: float) -> None:
+        """Train with a pattern as well, for so long; the rate falls to 0."""
+        setup, first_s = self.setup, self.spent_s
+        native = setup.native[part]
+        self._begin()
+        while self.spent_s < first_s + seconds:
             began_s = time.monotonic()
-            progress = (self.spent_s - first_s) / (self.seconds - first_s)
+            progress = (self.spent_s - first_s) / seconds
             length = setup.native_lengths[int(progress * len(setup.native_lengths))]
             batch = self._draw(length, setup.num_names)
-            pattern = (None, sparse, setup.pooled)[turn % 3]
+            is_dense = self.step % 2 == 0
             with self._autocast():
-                logits = self.model(batch, pattern)
+                logits = self.model(batch, None if is_dense else native)
                 loss = _loss(logits, batch)
-                if pattern is None:
-                    mass = covered(self.model, batch, sparse).mass
-                    loss = loss - MASS_WEIGHT * mass.clamp(min=LEAST_MASS).log().mean()
+                if is_dense and native.num_selected:
+                    found = covered(self.model, batch, native)
+                    loss = loss - MASS_WEIGHT * found.mass.clamp(min=LEAST_MASS).log().mean()
+                    loss = loss + CHOICE_WEIGHT * found.misled.mean()
             rate = setup.rate * 0.5 * (1 + math.cos(math.pi * progress))
             self._update(loss, rate, began_s)
-            name = ("dense and mass", "block_sparse", "pooled")[turn % 3]
-            self._report(name, length, _right(logits, batch))
-            turn += 1
+            self._report("dense" if is_dense else part, length, _right(logits, batch))
+
+    def _begin(self) -> None:
+        self.step = 0
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=self.setup.rate, weight_decay=0.01
+        )
 
     def _draw(self, length: int, num_names: int) -> Batch:
         count = max(1, self.setup.tokens // length)
@@ -142,27 +149,26 @@ def _right(logits: Tensor, batch: Batch) -> float:
 
 
 @torch.no_grad()
-def evaluate(setup: Setup, model: Recaller, device: str, length: int, seed: int) -> dict[str, Any]:
+def evaluate(
+    setup: Setup, model: Recaller, device: str, part: str, length: int, seed: int
+) -> dict[str, Any]:
     """Return accuracies at a length, and the shares of mass that were attended to."""
     generator = torch.Generator(device).manual_seed(seed)
-    right = dict.fromkeys(setup.patterns(), 0.0)
+    patterns = {"dense": None, **setup.patterns[part]}
+    right = dict.fromkeys(patterns, 0.0)
     mass = dict.fromkeys(("all", "answers", "of_best", "keys"), 0.0)
     for _ in range(setup.tests):
         batch = draw(setup, length, setup.num_names, 1, generator)
         with torch.autocast(device, torch.bfloat16, enabled=is_gpu(device)):
-            for name, pattern in setup.patterns().items():
+            for name, pattern in patterns.items():
                 right[name] += _right(model(batch, pattern), batch) / setup.tests
-            shares = covered(model, batch, setup.sparse)
-        for name, share in zip(mass, _shares(shares, setup.num_pairs), strict=True):
-            mass[name] += share / setup.tests
-    return {
-        "length": length,
-        "accuracy": _rounded(right),
-        "of_dense": _rounded(
-            {name: each / max(right["dense"], 1e-9) for name, each in right.items()}
-        ),
-        "mass": _rounded(mass),
-    }
+            if part == CHOSEN:
+                shares = covered(model, batch, setup.patterns[part][CHOSEN])
+                for name, share in zip(mass, _shares(shares, setup.num_pairs), strict=True):
+                    mass[name] += share / setup.tests
+    of_dense = {name: each / max(right["dense"], 1e-9) for name, each in right.items()}
+    figures = {"length": length, "accuracy": _rounded(right), "of_dense": _rounded(of_dense)}
+    return {**figures, "mass": _rounded(mass)} if part == CHOSEN else figures
 
 
 def _shares(found: Covered, num_queries: int) -> list[float]:
@@ -183,15 +189,18 @@ def _rounded(figures: dict[str, float]) -> dict[str, float]:
 def run(setup: Setup, device: str, seed: int, seconds: float) -> dict[str, Any]:
     """Train and evaluate; return the figures."""
     trainer = Trainer(setup, device, seed, seconds)
-    figures: dict[str, Any] = {"device": device}
-    for part, learn in (("dense", trainer.learn_dense), ("native", trainer.learn_native)):
-        learn()
-        spent = {"steps": trainer.step, "seconds": round(trainer.spent_s, 1)}
+    trainer.learn_dense()
+    figures: dict[str, Any] = {"device": device, "dense_seconds": round(trainer.spent_s, 1)}
+    learnt = copy.deepcopy(trainer.model.state_dict())
+    each_s = (seconds - trainer.spent_s) / len(setup.native)
+    for part in setup.native:
+        trainer.model.load_state_dict(learnt)
+        trainer.learn_native(part, each_s)
         rows = []
         for length in setup.lengths:
-            rows.append(evaluate(setup, trainer.model, device, length, seed + 1))
+            rows.append(evaluate(setup, trainer.model, device, part, length, seed + 1))
             _say(json.dumps({"trained": part, **rows[-1]}))
-        figures[part] = {**spent, "rows": rows}
+        figures[part] = {"steps": trainer.step, "seconds": round(each_s, 1), "rows": rows}
     return figures
 
 

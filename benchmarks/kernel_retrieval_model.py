@@ -13,16 +13,24 @@ Legend: B sequences, n positions of each, D width of the model, H heads, d head 
 """
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.block_sparse import SparsePattern, block_sparse_attention, seen_blocks
+from kernels.block_sparse import (
+    SparsePattern,
+    block_scores,
+    block_sparse_attention,
+    seen_blocks,
+)
 from kernels.dispatch import Impl, needs_grad
 
 MOST_SCORES = 1 << 28  # of queries and keys at once: 1 GiB
+LEAST_WANTED = 0.1  # of a query's attention
 USUAL_LENGTH = 128  # at which scores are as they are
 
 
@@ -34,9 +42,10 @@ class Setup(NamedTuple):
         num_names: Different keys, and different values.
         num_fillers: Different tokens of the filler.
         stages: Length and names of each stage of training; the next begins when this is learnt.
-        native_lengths: Positions of a sequence while the patterns themselves are trained, each for
-            an equal part of that time.
-        native_selected: Blocks that are chosen there, one for each pair: all queries choose together.
+        native_lengths: Positions of a sequence while a pattern itself is trained, each for an equal
+            part of that time.
+        native: The pattern of each part there: its window is small, and few blocks are chosen, one
+            for each pair, since all queries choose together.
         tokens: Of a training step.
         lengths: Positions in the evaluation.
         tests: Sequences of each length in the evaluation.
@@ -44,9 +53,7 @@ class Setup(NamedTuple):
         num_heads: Of each layer.
         num_layers: Of the model.
         rate: Peak of the learning rate.
-        sparse: Window and chosen blocks; the rest is dropped.
-        selected_and_pooled: The same; the rest is pooled.
-        pooled: Window, and pooled rows instead of all other keys.
+        patterns: Of each part, what is evaluated.
     """
 
     num_pairs: int
@@ -54,7 +61,7 @@ class Setup(NamedTuple):
     num_fillers: int
     stages: tuple[tuple[int, int], ...]
     native_lengths: tuple[int, ...]
-    native_selected: int
+    native: Mapping[str, SparsePattern]
     tokens: int
     lengths: tuple[int, ...]
     tests: int
@@ -62,55 +69,52 @@ class Setup(NamedTuple):
     num_heads: int
     num_layers: int
     rate: float
-    sparse: SparsePattern
-    selected_and_pooled: SparsePattern
-    pooled: SparsePattern
-
-    def patterns(self) -> dict[str, SparsePattern | None]:
-        """Return what is evaluated."""
-        return {
-            "dense": None,
-            "block_sparse": self.sparse,
-            "selected_and_pooled": self.selected_and_pooled,
-            "pooled": self.pooled,
-        }
+    patterns: Mapping[str, Mapping[str, SparsePattern]]
 
 
+CHOSEN, POOLED = "chosen", "pooled"
 GPU = Setup(
     num_pairs=8,
     num_names=64,
     num_fillers=32,
     stages=((64, 16), (128, 32), (256, 64), (512, 64), (1024, 64), (2048, 64)),
-    native_lengths=(2048, 4096),
-    native_selected=8,
+    native_lengths=(1024, 2048, 4096),
+    native={
+        CHOSEN: SparsePattern(num_selected=8, window=64),
+        POOLED: SparsePattern(num_selected=0, window=64, far="pooled", pool=8),
+    },
     tokens=8192,
-    lengths=(4096, 8192, 16384, 32768),
-    tests=32,
+    lengths=(16384, 65536, 131072),
+    tests=16,
     width=256,
     num_heads=4,
     num_layers=2,
     rate=2e-3,
-    sparse=SparsePattern(num_selected=32, window=256),
-    selected_and_pooled=SparsePattern(num_selected=32, window=256, far="pooled"),
-    pooled=SparsePattern(num_selected=0, window=256, far="pooled", pool=8),
+    patterns={
+        CHOSEN: {CHOSEN: SparsePattern(), "chosen, rest pooled": SparsePattern(far="pooled")},
+        POOLED: {POOLED: SparsePattern(num_selected=0, window=64, far="pooled", pool=8)},
+    },
 )
+SMALL = SparsePattern(8, 16, 16, query_block=16, key_block=16, pool=16)
+SMALL_POOLED = SparsePattern(0, 16, 16, "pooled", query_block=16, key_block=16, pool=8)
 CPU = Setup(
     num_pairs=8,
     num_names=32,
     num_fillers=8,
     stages=((64, 16), (128, 32), (256, 32)),
     native_lengths=(256, 512),
-    native_selected=8,
+    native={CHOSEN: SMALL, POOLED: SMALL_POOLED},
     tokens=2048,
-    lengths=(256, 512, 1024),
+    lengths=(512, 1024, 4096),
     tests=16,
     width=64,
     num_heads=2,
     num_layers=2,
     rate=3e-3,
-    sparse=SparsePattern(8, 16, 8, "dropped", 16, 8, 2),
-    selected_and_pooled=SparsePattern(8, 16, 8, "pooled", 16, 8, 2),
-    pooled=SparsePattern(0, 16, 8, "pooled", 16, 8, 8),
+    patterns={
+        CHOSEN: {CHOSEN: SMALL, "chosen, rest pooled": replace(SMALL, far="pooled")},
+        POOLED: {POOLED: SMALL_POOLED},
+    },
 )
 
 
@@ -216,11 +220,13 @@ class Covered(NamedTuple):
         mass: Share of each row, head and layer, [layers, B * H, n].
         best: The most that as many blocks could have; of each block of queries, [layers, B * H, I].
         keys: Share of blocks attended to, the same.
+        misled: Cross-entropy of the scores that blocks are chosen by, in nats, the same.
     """
 
     mass: Tensor
     best: Tensor
     keys: Tensor
+    misled: Tensor
 
 
 def covered(model: Recaller, batch: Batch, pattern: SparsePattern) -> Covered:
@@ -238,7 +244,7 @@ def covered(model: Recaller, batch: Batch, pattern: SparsePattern) -> Covered:
 
 def _covered(q_nHd: Tensor, k_nHd: Tensor, pattern: SparsePattern) -> tuple[Tensor, ...]:
     seen_HIJ = seen_blocks(q_nHd, k_nHd, pattern)
-    mass, best = [], []
+    mass, best, wanted = [], [], []
     each = pattern.query_block
     rows = each * max(1, MOST_SCORES // (each * k_nHd.shape[0] * k_nHd.shape[1]))
     for first, q_QHd in zip(range(0, len(q_nHd), rows), q_nHd.split(rows), strict=True):
@@ -247,8 +253,26 @@ def _covered(q_nHd: Tensor, k_nHd: Tensor, pattern: SparsePattern) -> tuple[Tens
         mass_HQJ = weight_HQK.unflatten(2, (-1, pattern.key_block)).sum(3)
         block_Q = torch.arange(first, first + len(q_QHd), device=q_nHd.device) // each
         mass.append((mass_HQJ * seen_HIJ[:, block_Q]).sum(2))
-        best += [part.mean(1) for part in mass_HQJ.detach().split(each, dim=1)]
+        for part in mass_HQJ.detach().split(each, dim=1):
+            best.append(part.mean(1))
+            wanted.append(part.amax(1))  # a block is worth what it is to some query
     sorted_HIJ = torch.stack(best, dim=1).sort(dim=2, descending=True).values
     last_HI1 = seen_HIJ.sum(2, keepdim=True) - 1
     best_HI = sorted_HIJ.cumsum(2).gather(2, last_HI1)[:, :, 0]
-    return torch.cat(mass, dim=1), best_HI, seen_HIJ.float().mean(2)
+    misled_HI = _misled(q_nHd, k_nHd, pattern, torch.stack(wanted, dim=1))
+    return torch.cat(mass, dim=1), best_HI, seen_HIJ.float().mean(2), misled_HI
+
+
+def _misled(q_nHd: Tensor, k_nHd: Tensor, pattern: SparsePattern, wanted_HIJ: Tensor) -> Tensor:
+    """Return how far the scores of blocks are from what dense attention wants of them, [H, I].
+
+    Of blocks that are there to choose: ``-sum_J wanted_J log softmax(score)_J``; the score of a
+    mean counts for all keys of its span, as their sum would.  Blocks that no query wants much of
+    do not count: else they are wanted more and more, and attention becomes even.
+    """
+    wanted_HIJ = wanted_HIJ.where(wanted_HIJ > LEAST_WANTED, 0.0)
+    forced_HIJ = seen_blocks(q_nHd, k_nHd, replace(pattern, num_selected=0))
+    score_HIJ = block_scores(q_nHd, k_nHd, pattern) * (pattern.pool * q_nHd.shape[2] ** -0.5)
+    log_share_HIJ = score_HIJ.masked_fill(forced_HIJ, -1e9).log_softmax(dim=2)
+    misled_HI: Tensor = -(wanted_HIJ * log_share_HIJ).masked_fill(forced_HIJ, 0.0).sum(2)
+    return misled_HI

@@ -154,7 +154,7 @@ def seen_blocks(q_QHd: Tensor, k_nHd: Tensor, pattern: SparsePattern, *, first: 
         first: Position of the first query.
     """
     n, device = len(k_nHd), q_QHd.device
-    score_HIJ = _block_scores(q_QHd.detach(), k_nHd.detach(), pattern)
+    score_HIJ = block_scores(q_QHd.detach(), k_nHd.detach(), pattern)
     number_I = torch.arange(score_HIJ.shape[1], device=device).unsqueeze(1)
     block_I = first + number_I * pattern.query_block
     block_J = torch.arange(score_HIJ.shape[2], device=device) * pattern.key_block
@@ -169,8 +169,16 @@ def seen_blocks(q_QHd: Tensor, k_nHd: Tensor, pattern: SparsePattern, *, first: 
     return forced_IJ | torch.zeros_like(chosen).scatter(2, order, chosen)
 
 
-def _block_scores(q_QHd: Tensor, k_nHd: Tensor, pattern: SparsePattern) -> Tensor:
-    """Return the score of each block of keys for each block of queries, [H, I, J]."""
+def block_scores(q_QHd: Tensor, k_nHd: Tensor, pattern: SparsePattern) -> Tensor:
+    """Return the score of each block of keys for each block of queries, [H, I, J].
+
+    Steps 1 to 3 of the definition for one sequence; the scores have gradients.
+
+    Args:
+        q_QHd: Queries.
+        k_nHd: All keys of the sequence.
+        pattern: Blocks and spans.
+    """
     wide = compute_dtype(q_QHd.dtype)
     count_S, pooled_SHd = _spans(k_nHd, pattern.pool)
     mean_Hd = (count_S.view(-1, 1, 1) * pooled_SHd.to(wide)).sum(0) / len(k_nHd)
