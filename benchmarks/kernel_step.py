@@ -9,8 +9,7 @@ Legend: T tokens, D model, H heads, d head width, E experts, K chosen, R routed 
 
 from collections.abc import Sequence
 from functools import cache, partial
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -60,8 +59,7 @@ def _run_ours(inputs: StepInputs) -> Call:
 
 
 def _run_dense(inputs: StepInputs) -> Call:
-    parts: Any = import_module("benchmarks.model_parts")  # which knows the applications
-    model = dense_step(inputs, parts.dense_of(inputs.model.config))
+    model = dense_step(inputs)
     return lambda: model(inputs.tokens, inputs.groups, inputs.owner)
 
 

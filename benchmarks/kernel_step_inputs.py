@@ -129,13 +129,15 @@ def narrow(model: Step, dtype: torch.dtype) -> None:
     model.eval()
 
 
-def dense_step(inputs: StepInputs, dense: MoEConfig) -> Step:
-    """Return blocks without a choice whose tokens meet as many parameters.
+def dense_of(config: MoEConfig) -> MoEConfig:
+    """Return a stack without a choice whose tokens meet as many parameters."""
+    hidden = config.d_expert * config.num_chosen
+    return replace(config, num_experts=1, num_chosen=1, d_expert=hidden)
 
-    Args:
-        inputs: Whose model gives device and dtype.
-        dense: The config of ``benchmarks.model_parts.dense_of``.
-    """
+
+def dense_step(inputs: StepInputs) -> Step:
+    """Return blocks without a choice whose tokens meet as many parameters."""
+    dense = dense_of(inputs.model.config)
     hidden = dense.d_expert + dense.d_shared
     config = replace(dense, dense_layers=1, d_dense=hidden)
     with torch.device(inputs.tokens.device):

@@ -24,8 +24,8 @@ import torch
 from apps.imaging.training.organ_lesson import OrganLesson
 from apps.imaging.training.recorded import recorded
 from apps.joint import Lesson, Plan, fit
+from benchmarks.kernel_step_inputs import dense_of
 from benchmarks.model_balance import Mix, routing_of
-from core_model.config import MoEConfig
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
@@ -69,13 +69,6 @@ class Part:
     def key(self) -> str:
         """Name and seed."""
         return f"{self.name}-{self.plan.seed}"
-
-
-def dense_of(config: MoEConfig) -> MoEConfig:
-    """Return a stack without a choice whose tokens meet as many parameters."""
-    return replace(
-        config, num_experts=1, num_chosen=1, d_expert=config.d_expert * config.num_chosen
-    )
 
 
 def parts_of(lessons: Lessons, plan: Plan, seeds: int) -> list[Part]:

@@ -8,10 +8,11 @@ import pytest
 
 from apps.joint import Plan
 from benchmarks.experts_figure import draw_shares
+from benchmarks.kernel_step_inputs import dense_of
 from benchmarks.model import as_text, summary
 from benchmarks.model_balance import NUM_KINDS, Mix, Routed, kinds_of
 from benchmarks.model_layer import least_seconds
-from benchmarks.model_parts import Lessons, dense_of, parts_of
+from benchmarks.model_parts import Lessons, parts_of
 from core_model.config import PRESETS
 from core_model.joint import LoopSettings
 from core_model.size import count_parameters
