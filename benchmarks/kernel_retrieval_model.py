@@ -47,13 +47,14 @@ class Setup(NamedTuple):
         native: The pattern of each part there: its window is small, and few blocks are chosen, one
             for each pair, since all queries choose together.
         tokens: Of a training step.
-        lengths: Positions in the evaluation.
+        lengths: Positions in the evaluation of these patterns.
+        long_lengths: Positions in that of the usual ones; a CPU does the first alone, in minutes.
+        usual: The pattern of each part as the kernels run it: larger blocks, spans of as many keys.
         tests: Sequences of each length in the evaluation.
         width: Of the model.
         num_heads: Of each layer.
         num_layers: Of the model.
         rate: Peak of the learning rate.
-        patterns: Of each part, what is evaluated.
     """
 
     num_pairs: int
@@ -64,40 +65,19 @@ class Setup(NamedTuple):
     native: Mapping[str, SparsePattern]
     tokens: int
     lengths: tuple[int, ...]
+    long_lengths: tuple[int, ...]
+    usual: Mapping[str, SparsePattern]
     tests: int
     width: int
     num_heads: int
     num_layers: int
     rate: float
-    patterns: Mapping[str, Mapping[str, SparsePattern]]
 
 
 CHOSEN, POOLED = "chosen", "pooled"
-GPU = Setup(
-    num_pairs=8,
-    num_names=64,
-    num_fillers=32,
-    stages=((64, 16), (128, 32), (256, 64), (512, 64), (1024, 64), (2048, 64)),
-    native_lengths=(1024, 2048, 4096),
-    native={
-        CHOSEN: SparsePattern(num_selected=8, window=64),
-        POOLED: SparsePattern(num_selected=0, window=64, far="pooled", pool=8),
-    },
-    tokens=8192,
-    lengths=(16384, 65536, 131072),
-    tests=16,
-    width=256,
-    num_heads=4,
-    num_layers=2,
-    rate=2e-3,
-    patterns={
-        CHOSEN: {CHOSEN: SparsePattern(), "chosen, rest pooled": SparsePattern(far="pooled")},
-        POOLED: {POOLED: SparsePattern(num_selected=0, window=64, far="pooled", pool=8)},
-    },
-)
 SMALL = SparsePattern(8, 16, 16, query_block=16, key_block=16, pool=16)
 SMALL_POOLED = SparsePattern(0, 16, 16, "pooled", query_block=16, key_block=16, pool=8)
-CPU = Setup(
+SETUP = Setup(
     num_pairs=8,
     num_names=32,
     num_fillers=8,
@@ -105,16 +85,14 @@ CPU = Setup(
     native_lengths=(256, 512),
     native={CHOSEN: SMALL, POOLED: SMALL_POOLED},
     tokens=2048,
-    lengths=(512, 1024, 4096),
+    lengths=(512, 4096),
+    long_lengths=(16384, 65536, 131072),
+    usual={CHOSEN: SparsePattern(), POOLED: SparsePattern(0, 64, 64, "pooled", pool=8)},
     tests=16,
     width=64,
     num_heads=2,
     num_layers=2,
     rate=3e-3,
-    patterns={
-        CHOSEN: {CHOSEN: SMALL, "chosen, rest pooled": replace(SMALL, far="pooled")},
-        POOLED: {POOLED: SMALL_POOLED},
-    },
 )
 
 

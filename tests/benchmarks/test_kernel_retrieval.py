@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.kernel_retrieval import Trainer
-from benchmarks.kernel_retrieval_model import CPU, Recaller, covered, draw
+from benchmarks.kernel_retrieval_model import SETUP, Recaller, covered, draw
 from kernels.block_sparse import SparsePattern
 
 FEW = SparsePattern(1, 0, 0, query_block=16, key_block=8, pool=2)
@@ -12,24 +12,24 @@ ALL = SparsePattern(64, 0, 0, query_block=16, key_block=8, pool=2)
 
 
 def test_answers_stand_behind_their_keys() -> None:
-    tokens, answers = draw(CPU, 64, 16, 3, torch.Generator().manual_seed(0))
-    first_value = 1 + CPU.num_fillers + CPU.num_names
+    tokens, answers = draw(SETUP, 64, 16, 3, torch.Generator().manual_seed(0))
+    first_value = 1 + SETUP.num_fillers + SETUP.num_names
     for row, values in zip(tokens, answers, strict=True):
-        body, queries = row[: 64 - CPU.num_pairs], row[64 - CPU.num_pairs :]
+        body, queries = row[: 64 - SETUP.num_pairs], row[64 - SETUP.num_pairs :]
         for query, value in zip(queries, values, strict=True):
             (where,) = (body == query).nonzero()
             assert row[where + 1] == value + first_value
 
 
 def test_patterns_that_attend_to_all_answer_like_dense_attention() -> None:
-    model, batch = Recaller(CPU), draw(CPU, 64, 16, 3, torch.Generator().manual_seed(0))
+    model, batch = Recaller(SETUP), draw(SETUP, 64, 16, 3, torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(batch, ALL), model(batch, None), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(model(batch, FEW), model(batch, None), atol=1e-3)
 
 
 @torch.no_grad()
 def test_all_blocks_hold_all_mass() -> None:
-    model, batch = Recaller(CPU), draw(CPU, 64, 16, 2, torch.Generator().manual_seed(0))
+    model, batch = Recaller(SETUP), draw(SETUP, 64, 16, 2, torch.Generator().manual_seed(0))
     whole, few = covered(model, batch, ALL), covered(model, batch, FEW)
     assert whole.mass.min() > 1 - 1e-5
     assert whole.keys.min() == 1
@@ -39,7 +39,7 @@ def test_all_blocks_hold_all_mass() -> None:
 
 @pytest.mark.slow
 def test_the_first_stage_is_learnt() -> None:
-    setup = CPU._replace(stages=CPU.stages[:1])
+    setup = SETUP._replace(stages=SETUP.stages[:1])
     trainer = Trainer(setup, "cpu", seed=0, seconds=1200.0)
     trainer.learn_dense()
     assert trainer.step < 400  # 221 were seen; with nothing learnt it goes on for ten minutes
