@@ -30,13 +30,11 @@ from kernels._triton import fused_moe_fp8_wide
 from kernels._triton.chain import begin, is_chained
 from kernels._triton.combine import launch_combine
 from kernels._triton.fused_moe import place
-from kernels._triton.numerics import INTERPRET, dot
+from kernels._triton.numerics import INTERPRET, LARGEST, LEAST, dot
+from kernels.fused_moe_fp8 import RUN
 from kernels.moe_config import MoELaunch, ProductLaunch
 from kernels.routing import Routing
 
-RUN = 128  # columns that share a scale
-E4M3_MAX = tl.constexpr(448.0)
-LEAST = tl.constexpr(1e-30)  # smaller hidden rows are 0: what they are divided by has an inverse
 CARRY = tl.constexpr(2.0**20 + 1.0)  # leaves 4 of 24 bits (Dekker 1971)
 
 
@@ -69,7 +67,7 @@ def _larger(left: tl.tensor, right: tl.tensor) -> tl.tensor:
 def _quantised(hidden_RN: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Return rows as they are cast to 8 bits, and their scales."""
     most_R = tl.reduce(tl.abs(hidden_RN), 1, _larger)
-    step_R = tl.where(most_R <= LEAST, 1.0, most_R / E4M3_MAX)  # NaN of NaN
+    step_R = tl.where(most_R <= LEAST, 1.0, most_R / LARGEST)  # NaN of NaN
     hidden_RN = hidden_RN * tl.where(most_R <= LEAST, 0.0, 1.0 / step_R)[:, None]
     if INTERPRET:  # its cast to 8 bits loses a carry into the exponent: round before
         wide_RN = hidden_RN * CARRY

@@ -46,20 +46,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels._triton import fused_moe
-from kernels._triton.numerics import INTERPRET
+from kernels._triton.numerics import INTERPRET, LARGEST, LEAST
+from kernels.fused_moe_fp8 import RUN
 from kernels.moe_config import NUM_CORES
 from kernels.routing import Routing
 
-RUN = 128  # columns that share a scale
 BLOCK_R = 128  # rows of a tile
 STAGES = 4
 CONSUMER_REGISTERS = 232  # of 504 a thread that the three kinds share
 PRODUCER_REGISTERS = 40
 HOPPER = (9, 0)  # wgmma
 SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-E4M3_MAX = gl.constexpr(448.0)
 MINUS_LOG2E = gl.constexpr(-1.4426950408889634)
-LEAST = gl.constexpr(1e-30)  # smaller hidden rows are 0: what they are divided by has an inverse
 
 place = gluon.jit(fused_moe.place.fn)
 Pair = tuple[Tensor, Tensor]  # values and scales
@@ -242,7 +240,7 @@ def _consume(
         if GATED:
             hidden = _swiglu(left_sums, right_sums)
             most = gl.reduce(gl.abs(hidden), 1, _larger)
-            scale = gl.where(most <= LEAST, 1.0, most / E4M3_MAX)  # NaN of NaN
+            scale = gl.where(most <= LEAST, 1.0, most / LARGEST)  # NaN of NaN
             hidden = hidden * gl.where(most <= LEAST, 0.0, 1.0 / scale)[:, None]
             row_R = first + gl.arange(0, ROWS, ROW)
             gl.store(out_scale_ptr + row_R * num_blocks + pair, scale, mask=row_R < end)

@@ -9,7 +9,11 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from kernels.fused_moe_fp8 import E4M3_MAX
+
 INTERPRET = tl.constexpr(knobs.runtime.interpret)
+LARGEST = tl.constexpr(E4M3_MAX)
+LEAST = tl.constexpr(1e-30)  # smaller rows in 8 bits are 0: what they are divided by has an inverse
 
 
 @triton.jit
