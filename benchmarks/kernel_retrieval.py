@@ -64,7 +64,7 @@ class Trainer:
         setup: Sizes.
         device: Where.
         seed: Of weights and sequences.
-        seconds: Of both parts.
+        seconds: Of all training.
     """
 
     def __init__(self, setup: Setup, device: str, seed: int, seconds: float) -> None:

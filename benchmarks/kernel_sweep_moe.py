@@ -21,11 +21,10 @@ from benchmarks.kernel_op import Case
 from benchmarks.kernel_roofline import ceilings_of
 from benchmarks.kernel_sweep_ops import SWEPT, Given, Rows, Swept, with_tiles
 from benchmarks.kernel_timing import Run, Series, capture, first_line
-from kernels.moe_config import MoELaunch, MoESize, ProductLaunch, rule
+from kernels.moe_config import MAX_ROWS, MoELaunch, MoESize, ProductLaunch, rule
 
 SAMPLES = 5
 COMPILERS = 12  # processes; what they compile stays in Triton's cache on disk
-MAX_ROWS = 128
 Say = Callable[[dict[str, Any]], None]
 
 

@@ -24,7 +24,7 @@ TUNED = Path(__file__).with_name("configs") / "h200.json"
 NUM_CORES = 132  # multiprocessors of a Hopper GPU
 MIN_BLOCK = 16  # smallest dimension of a matrix product
 SMALL_ROWS = 32  # up to here the weights are the left operand
-MAX_ROWS = 128
+MAX_ROWS = 128  # of a tile
 LEFT_ROWS = 64  # of the left operand of wgmma
 NARROW, NARROW_HIDDEN = 128, 256  # widths of which a program holds whole rows
 

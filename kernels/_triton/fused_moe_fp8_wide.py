@@ -20,7 +20,7 @@ Triton's interpreter has no Gluon: it tests the form for other tiles, and a GPU 
 
 Measured on an H200 (2026-11-29, in a CUDA graph), Qwen3-30B-A3B, 16,384 tokens: Up 745 us, 1,106
 TFLOPS, Down 432 us, 955 TFLOPS (1,116 and 614 us in the other form); with the weighted sum
-1,464 to 1,523 us, .66 of the roofline.
+1,464 to 1,524 us, .64 to .67 of the roofline.
 
 Sources: warps that load and warps that multiply, FlashAttention-3 (Shah et al. 2024,
 arXiv:2407.08608); one consumer's promotion under the other's product, DeepGEMM (DeepSeek-V3,

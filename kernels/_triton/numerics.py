@@ -1,4 +1,4 @@
-"""What every Triton form agrees on: the matrix product and its precision.
+"""What the Triton forms agree on: the matrix product, its precision, and the range of 8 bits.
 
 Tiles are multiplied with float32 accumulation; float32 operands as three tf32 products
 (relative error about 1e-6).  Triton's interpreter multiplies bfloat16 bit patterns as
@@ -12,7 +12,7 @@ from triton import knobs
 from kernels.fused_moe_fp8 import E4M3_MAX
 
 INTERPRET = tl.constexpr(knobs.runtime.interpret)
-LARGEST = tl.constexpr(E4M3_MAX)
+LARGEST = tl.constexpr(E4M3_MAX)  # of float8_e4m3fn
 LEAST = tl.constexpr(1e-30)  # smaller rows in 8 bits are 0: what they are divided by has an inverse
 
 

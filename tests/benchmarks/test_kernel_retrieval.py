@@ -1,10 +1,19 @@
 """The task of ``benchmarks.kernel_retrieval``: every answer stands behind its key, once."""
 
+import itertools
+
 import pytest
 import torch
 
 from benchmarks.kernel_retrieval import Trainer
-from benchmarks.kernel_retrieval_model import SETUP, Recaller, covered, draw
+from benchmarks.kernel_retrieval_model import (
+    LEAST_WANTED,
+    SETUP,
+    Layer,
+    Recaller,
+    covered,
+    draw,
+)
 from kernels.block_sparse import SparsePattern
 
 FEW = SparsePattern(1, 0, 0, query_block=16, key_block=8, pool=2)
@@ -35,6 +44,31 @@ def test_all_blocks_hold_all_mass() -> None:
     assert whole.keys.min() == 1
     assert few.mass.max() < 0.9
     assert (few.mass.mean() <= few.best.mean() + 1e-6).all()
+
+
+@torch.no_grad()
+def test_scores_mislead_by_their_cross_entropy_with_what_is_wanted() -> None:
+    """The formula, span by span, in the first layer of a model whose attention is uneven."""
+    torch.manual_seed(0)
+    model, batch = Recaller(SETUP), draw(SETUP, 64, 16, 1, torch.Generator().manual_seed(0))
+    layer = model.layers[0]
+    assert isinstance(layer, Layer)
+    layer.sharpness.mul_(20.0)
+    found = covered(model, batch, FEW).misled[0]
+    q, k, _ = (each.transpose(0, 1) for each in layer.project(model.embedding(batch.tokens)))
+    scale, seen = q.shape[2] ** -0.5, 0
+    weight_HQK = (q @ k.transpose(1, 2) * scale).softmax(dim=2)
+    for head, block in itertools.product(range(len(q)), range(64 // FEW.query_block)):
+        rows = slice(block * FEW.query_block, (block + 1) * FEW.query_block)
+        others = [j for j in range(8) if j // 2 != block]  # its own two are never chosen
+        keys = [slice(8 * j, 8 * j + 8) for j in others]
+        spans = [(k[head, each] - k[head].mean(0)).unflatten(0, (4, 2)).sum(1) for each in keys]
+        score = torch.stack([(q[head, rows] @ each.T * scale).max() for each in spans])
+        wanted = torch.stack([weight_HQK[head, rows, each].sum(1).max() for each in keys])
+        seen += int((wanted > LEAST_WANTED).sum())
+        want = -(wanted * (wanted > LEAST_WANTED) * score.log_softmax(0)).sum()
+        torch.testing.assert_close(found[head, block], want, atol=1e-4, rtol=1e-4)
+    assert 0 < seen < len(q) * 4 * 6  # some are wanted, some are not
 
 
 @pytest.mark.slow
